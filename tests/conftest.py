@@ -1,0 +1,113 @@
+"""What the tests share: real audio, tiny datasets and models, and running the scripts as a user would."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from data import decode_stem
+from model import OpenUnmix
+from utils import import_torchaudio, save, use_ffmpeg
+
+FOLDER = Path(__file__).parents[1]
+torch.set_num_threads(2)
+use_ffmpeg()
+import_torchaudio()  # so that openunmix, which imports it, can
+
+
+def sdr(reference, estimate):
+    """Signal-to-distortion ratio in dB of arrays or tensors of any shape."""
+    reference, estimate = np.asarray(reference), np.asarray(estimate)
+    error = np.sum(np.abs(reference - estimate) ** 2)
+    return 10 * np.log10(np.sum(np.abs(reference) ** 2) / error) if error else np.inf
+
+
+@pytest.fixture(scope="session")
+def excerpt_folder(tmp_path_factory):
+    """The excerpt of a real song that stempeg ships, as WAV files in a track folder of musdb's layout."""
+    stem = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
+    folder = tmp_path_factory.mktemp("excerpt") / "test" / "The Easton Ellises - Falcon 69"
+    folder.parent.mkdir()
+    decode_stem(stem, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def excerpt(excerpt_folder):
+    """Its mixture and sources: {name: (2, N) float32 tensor}, six seconds at 44.1 kHz."""
+    files = {path.stem: soundfile.read(path, dtype="float32")[0].T for path in excerpt_folder.glob("*.wav")}
+    return {name: torch.from_numpy(audio.copy()) for name, audio in files.items()}
+
+
+def write_song(folder, seconds=2.0, rate=44100, seed=0, channels=2, names=("drums", "bass", "other", "vocals")):
+    """A tiny song of noise and tones in musdb's WAV layout, 16 bit."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    time = np.arange(round(seconds * rate))[:, None] / rate
+    total = 0
+    for j, name in enumerate(names):
+        tone = np.sin(2 * np.pi * 110 * 2**j * rng.uniform(0.9, 1.1) * time) * rng.uniform(0.2, 1, channels)
+        audio = np.round(3000 * tone + 1000 * rng.standard_normal((len(time), channels))).astype(np.int16)
+        soundfile.write(folder / f"{name}.wav", audio, rate)
+        total = total + audio
+    soundfile.write(folder / "mixture.wav", total, rate)
+
+
+@pytest.fixture(scope="session")
+def musdb_root(tmp_path_factory):
+    """A dataset of tiny songs in musdb's WAV layout: eight for training, two for test."""
+    root = tmp_path_factory.mktemp("musdb")
+    for n in range(8):
+        write_song(root / "train" / f"Song {n}", seed=n)
+    for n in range(2):
+        write_song(root / "test" / f"Test {n}", seconds=3, seed=100 + n)
+    return root
+
+
+def make_model(folder, targets=("vocals", "drums", "bass", "other"), hidden_size=16, mask="relu", seed=0, sample_rate=44100, nfft=4096):
+    """A model folder with random but seeded weights, in the published layout."""
+    settings = dict(sample_rate=sample_rate, nfft=nfft, nhop=nfft // 4, nb_channels=2)
+    save(settings, Path(folder, "separator.json"))
+    for j, target in enumerate(targets):
+        network = random_network(seed + j, hidden_size=hidden_size, mask=mask, nb_bins=nfft // 2 + 1)
+        save(network.state_dict(), Path(folder, f"{target}.pth"))
+        args = dict(hidden_size=hidden_size, nb_channels=2, nfft=nfft, nhop=nfft // 4, mask=mask, unidirectional=False)
+        save({"args": args}, Path(folder, f"{target}.json"))
+    return Path(folder)
+
+
+def random_network(seed, **kwargs):
+    """An OpenUnmix in evaluation mode whose parameters and statistics are all random."""
+    torch.manual_seed(seed)
+    nb_bins = kwargs.get("nb_bins", 2049)
+    mean, scale = torch.rand(nb_bins) * 2, torch.rand(nb_bins) * 2 + 0.5
+    network = OpenUnmix(**{"max_bin": nb_bins * 1487 // 2049, **kwargs, "input_mean": mean, "input_scale": scale})
+    for name, value in network.named_buffers():
+        if value.dtype.is_floating_point:
+            value.uniform_(0.5, 1.5)
+    for name in ("output_scale", "output_mean"):
+        getattr(network, name).data.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def run_script(*command, cwd, timeout=300, env=None, code=0, threads=2):
+    """Run `python <script> ...` as a user would; returns (stdout, stderr) after checking the exit code."""
+    script, *arguments = map(str, command)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HOME": str(cwd), **(env or {})}
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert code == 0 or "Traceback" not in done.stderr, done.stderr
+    return done.stdout, done.stderr

@@ -1,0 +1,51 @@
+"""Summary figures of seeded networks on the real excerpt; run as a script, by the published implementation, into figures.json."""
+
+from pathlib import Path
+
+import torch
+
+FIGURES = Path(__file__).with_name("figures.json")
+TARGETS = ("vocals", "drums", "bass", "other")
+
+
+def summary(estimates, excerpt):
+    """Norms, and SDRs in dB against the true sources, of estimates (J, C, N)."""
+    sources = torch.stack([excerpt[name][:, : estimates.shape[-1]] for name in TARGETS])
+    errors = (sources - estimates).square().sum((1, 2))
+    return {
+        "norm": estimates.square().sum((1, 2)).sqrt().tolist(),
+        "left minus right": (estimates[:, 0] - estimates[:, 1]).square().sum(1).sqrt().tolist(),
+        "sdr": (10 * torch.log10(sources.square().sum((1, 2)) / errors)).tolist(),
+    }
+
+
+def make(excerpt):
+    import json
+
+    from conftest import random_network
+    from openunmix.model import OpenUnmix, Separator
+
+    networks = {}
+    for j, target in enumerate(TARGETS):
+        networks[target] = OpenUnmix(nb_bins=2049, hidden_size=64, max_bin=1487)
+        networks[target].load_state_dict(random_network(j, hidden_size=64, mask="relu").state_dict())
+        networks[target].eval()
+    with torch.no_grad():
+        estimates = Separator(networks, niter=1)(excerpt["mixture"][None, :, :176400])[0]
+    FIGURES.write_text(json.dumps(summary(estimates, excerpt), indent=1))
+
+
+if __name__ == "__main__":
+    import sys
+    import tempfile
+
+    import soundfile
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import conftest
+    from data import decode_stem
+
+    with tempfile.TemporaryDirectory() as folder:
+        stem = next((Path(conftest.importlib.util.find_spec("stempeg").origin).parent / "data").glob("*.stem.mp4"))
+        decode_stem(stem, Path(folder, "song"))
+        make({p.stem: torch.from_numpy(soundfile.read(p, dtype="float32")[0].T.copy()) for p in Path(folder, "song").glob("*.wav")})

@@ -436,279 +436,153 @@ def make_song(folder, seed, seconds):
     os.replace(unfinished, folder)
 
 
-SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10))  # major and minor, in semitones above the key note
-PROGRESSIONS = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), (1, 4, 0, 5), (0, 0, 3, 4))
+SCALES = np.array([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)])  # major and minor, in semitones above the key note
+PROGRESSIONS = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), (1, 4, 0, 5))  # a degree a bar
 # A bar in sixteenths, an x for an onset.
 KICKS = ("x...x...x...x...", "x.......x.......", "x.....x.x.......", "x..x..x...x.....", "x.x.......xx....")
 SNARES = ("....x.......x...", "........x.......", "....x..x.x..x...", "....x.......x..x")
-HATS = ("x.x.x.x.x.x.x.x.", "xxxxxxxxxxxxxxxx", "..x...x...x...x.", "x...x...x...x...", "x.xxx.xxx.xxx.xx")
-SPARSE = ("x...............", "x.......x.......", "x..x..x.........", "x.....x...x.....", "x...x...x...x...")
-DENSE = ("x.x.x.x.x.x.x.x.", "x..x..x.x..x..x.", "x..x..x..x..x.x.", "x.xx..x.x.xx..x.", "xxxxxxxxxxxxxxxx")
+HATS = ("x.x.x.x.x.x.x.x.", "xxxxxxxxxxxxxxxx", "..x...x...x...x.", "x.xxx.xxx.xxx.xx")
+CALM = ("x...............", "x.......x.......", "x..x..x.........", "x.....x...x.....", "x...x...x...x...")
+BUSY = ("x.x.x.x.x.x.x.x.", "x..x..x.x..x..x.", "x..x..x..x..x.x.", "x.xx..x.x.xx..x.", "x.x...x.x.x...x.")
 # Formants in Hz of the vowels a e i o u; the first three after Peterson & Barney (1952), men.
 VOWELS = np.array([(730, 1090, 2440, 3400, 4500), (530, 1840, 2480, 3500, 4500), (270, 2290, 3010, 3600, 4600),
                    (570, 840, 2410, 3300, 4400), (300, 870, 2240, 3200, 4300)])
-HOP = 512  # samples between two shapes of the vocal tract
 
 
-class _Score:
-    """What the players agree on: tempo, swing, key, a chord for each bar, and who rests in which two bars."""
+class SongPlan:
+    """What the players agree on: tempo, key, and a chord for each bar."""
 
     def __init__(self, rng, seconds, rate):
         self.rate, self.N = rate, round(seconds * rate)
-        self.sixteenth, self.swing = 15 / rng.uniform(72, 148), rng.choice([0, 0, 0.15, 0.3])
-        bars = int(np.ceil(seconds / (16 * self.sixteenth)))
-        self.key, self.scale = rng.integers(12), SCALES[rng.integers(2)]
-        parts = rng.permutation(PROGRESSIONS)[:2]  # verse and chorus, four bars each
-        self.chords = [int(parts[bar // 4 % 2][bar % 4]) for bar in range(bars)]
-        rests = np.zeros((-(-bars // 2), len(SOURCES)), bool)
-        for source in rests.T:  # at most three tenths, so that everybody sounds in most of the song
-            source[rng.permutation(len(source))[: rng.integers(int(0.3 * len(source)) + 1)]] = True
-        rests[rests.all(axis=1)] = False
-        self.bars = {source: np.flatnonzero(~rest.repeat(2)[:bars]) for source, rest in zip(SOURCES, rests.T)}
+        self.sixteenth = int(rate * 15 / rng.uniform(72, 148))  # in samples
+        self.key, self.scale = rng.integers(12), rng.choice(SCALES)
+        verse_chorus = rng.permutation(PROGRESSIONS)[:2]  # of four bars each
+        self.chords = np.resize(verse_chorus, self.N // (16 * self.sixteenth) + 1)
 
-    def onset(self, bar, step):
-        """Sample at which a sixteenth of a bar begins; every second one is late where the song swings."""
-        return int((16 * bar + step + self.swing * (step % 2)) * self.sixteenth * self.rate)
+    def draw_notes(self, rng, patterns, voicings=((0,),), octave=0):
+        """One of patterns in every bar; at each onset the next of voicings, degrees above the root of the bar's chord.
 
-    def hertz(self, degree, octave):
-        return 440 * 2 ** ((self.key + self.scale[degree % 7] + 12 * (degree // 7 + octave) - 69) / 12)
-
-
-def _steps(rng, patterns):
-    return [step for step, mark in enumerate(rng.choice(patterns)) if mark == "x"]
+        Returns a list of (first sample, end sample, frequencies in Hz (voices,)).
+        """
+        steps = [step for step, mark in enumerate(rng.choice(patterns) + "x") if mark == "x"]  # the last one ends the bar
+        spans = [(chord, (16 * bar + start) * self.sixteenth, min((16 * bar + end) * self.sixteenth, self.N))
+                 for bar, chord in enumerate(self.chords) for start, end in zip(steps, steps[1:])]
+        degrees = [np.add(chord, voicings[turn % len(voicings)]) for turn, (chord, _, _) in enumerate(spans)]
+        semitones = self.key + self.scale[np.mod(degrees, 7)] + 12 * (octave + np.floor_divide(degrees, 7)) - 69  # from A4
+        return [(start, end, hertz) for (_, start, end), hertz in zip(spans, 440 * 2 ** (semitones / 12)) if start < end]
 
 
-def _mix(events, N):
-    """Sums (onset in samples, gain, pan from 0 left to 1 right, sound (n,)) at constant power → (2, N)."""
-    bus = np.zeros((2, N), np.float32)
-    for onset, gain, pan, sound in events:
-        onset = max(onset, 0)
-        for channel, side in zip(bus, (np.cos, np.sin)):
-            part = channel[onset : onset + len(sound)]
-            part += np.float32(gain * side(pan * np.pi / 2)) * sound[: len(part)]
-    return bus
-
-
-def _noise(rng, n, rate, low, high):
-    """n samples of noise at RMS 1, mostly between low and high Hz; its soft edges leave a little up to the top."""
-    spectrum, frequencies = np.fft.rfft(rng.standard_normal(n)), np.maximum(np.fft.rfftfreq(n, 1 / rate), 1)
-    noise = np.fft.irfft(spectrum / (1 + (low / frequencies) ** 4 + (frequencies / high) ** 4) ** 0.5, n)
-    return (noise / noise.std()).astype(np.float32)
-
-
-def _sawtooth(cycles, frequency, rolloff):
-    """Harmonics k at amplitude r^k / k with r = exp(-frequency / rolloff): nearly nothing left above half the rate.
-
-    The infinite sum has a closed form, arctan2(r sin p, 1 - r cos p), so 100 harmonics cost what one does.
-    """
-    ratio, phase = np.exp(-frequency / rolloff), (2 * np.pi * (cycles % 1)).astype(np.float32)
+def synthesize_sawtooth(cycles, ratio):
+    """Harmonics k at amplitude ratio^k / k, by their closed sum; phase in cycles."""
+    phase = (2 * np.pi * (cycles - np.floor(cycles))).astype(np.float32)
     return np.arctan2(ratio * np.sin(phase), 1 - ratio * np.cos(phase))
 
 
-def _drums(rng, score):
-    """Kick, snare, hats and a tom for the fills, each rendered once and struck at varied levels → (2, N)."""
-    time = np.arange(int(0.7 * score.rate), dtype=np.float32) / np.float32(score.rate)
-
-    def skin(low, sweep, decay):  # a sine that falls to its pitch, a little overdriven
-        cycles = low * time + sweep * 0.03 * (1 - np.exp(-time / 0.03))
-        return np.tanh(2 * np.sin(2 * np.pi * cycles) * np.exp(-time / decay))
-
-    def rattle(low, high, decay):
-        return _noise(rng, len(time), score.rate, low, high) * np.exp(-time / decay)
-
-    kick = skin(rng.uniform(42, 60), rng.uniform(80, 220), rng.uniform(0.08, 0.2)) + 0.2 * rattle(2000, 6000, 0.004)
-    snare = rng.uniform(0.2, 0.6) * skin(rng.uniform(150, 230), 60, 0.06)
-    snare += 0.5 * rattle(rng.uniform(600, 2500), 9000, rng.uniform(0.04, 0.12))
-    closed, opened = (rattle(rng.uniform(5000, 9000), 15000, decay) for decay in (rng.uniform(0.02, 0.05), 0.15))
-    tom, hat_gain, hat_pan = skin(rng.uniform(80, 130), 60, 0.15), rng.uniform(0.1, 0.3), rng.uniform(0.3, 0.7)
-    kicks, snares, hats = (_steps(rng, patterns) for patterns in (KICKS, SNARES, HATS))
-    events = []
-    for bar in score.bars["drums"]:
-        fill = 12 if bar % 4 == 3 and rng.random() < 0.7 else 16  # the fourth bar often ends in a fill
-        hits = [(step, 0.9, 0.5, kick) for step in kicks if step < fill]
-        hits += [(step, 0.8, 0.5, snare) for step in snares if step < fill]
-        hits += [(step, 0.2, 0.5, snare) for step in range(fill) if rng.random() < 0.04]  # ghost notes
-        hits += [(step, hat_gain * (1 - step % 4 / 6), hat_pan, opened if step % 8 == 6 else closed) for step in hats]
-        hits += [(step, 0.6, rng.uniform(0.2, 0.8), tom if rng.random() < 0.6 else snare) for step in range(fill, 16)]
-        for step, gain, pan, hit in hits:
-            onset = score.onset(bar, step) + int(rng.normal(0, 0.003) * score.rate)  # no machine: some 3 ms off
-            events.append((onset, gain * rng.uniform(0.7, 1), pan, hit))
-    return _mix(events, score.N)
+def synthesize_part(rng, plan, patterns, voicings, octave, brightness, decay, width):
+    """Notes of one instrument → (2, N), drawn from ranges of brightness in Hz and decay in seconds; width is 0 to 1."""
+    stereo, angles = np.zeros((2, plan.N), np.float32), np.pi / 4 * (1 + width * rng.uniform(-1, 1, 5))
+    brightness, decay = np.float32(rng.uniform(*brightness)), np.float32(rng.uniform(*decay))
+    attack, hollow = np.float32(rng.uniform(0.002, 0.02)), np.float32(rng.choice([0, 0.3, 0.5]))
+    for turn, (start, end, chord) in enumerate(plan.draw_notes(rng, patterns, voicings, octave)):
+        time = np.arange(end - start) / plan.rate
+        body = np.exp(-time.astype(np.float32) / decay)
+        level = rng.uniform(0.6, 1) * body * (1 - np.exp(-time / attack)) * np.minimum(1, (time[-1] - time) / 0.03)
+        for voice, hertz in enumerate(chord):
+            ratio = np.exp(np.float32(-hertz) / np.minimum(np.float32(hertz) + brightness * body, plan.rate / 6))
+            tone = synthesize_sawtooth(hertz * time, ratio)
+            tone -= hollow * synthesize_sawtooth(2 * hertz * time, ratio**2)  # takes out even harmonics
+            angle = angles[(turn + voice) % 5]
+            stereo[:, start:end] += np.float32([[np.cos(angle)], [np.sin(angle)]]) * (level * tone)
+    return stereo
 
 
-def _play(rng, score, notes, brightness, decay):
-    """Steady notes (bar, step, sixteenths, degree, octave, gain, pan) of one timbre → (2, N).
+def synthesize_drums(rng, plan):
+    time, stereo = np.arange(plan.rate // 2 * 2) / plan.rate, np.zeros((2, plan.N), np.float32)
 
-    Each distinct note is rendered once. Its harmonics fall off at brightness Hz, and sooner as the level fades over
-    decay seconds; a comb takes some out, as the place where a string is plucked does.
-    """
-    darkening, attack = rng.uniform(0.3, 1.5) * decay, rng.uniform(0.002, 0.02)
-    comb, place, legato = rng.choice([0, 0.4, 0.9]), rng.uniform(0.1, 0.5), rng.uniform(0.75, 1)
-    sounds, events = {}, []
-    for bar, step, length, degree, octave, gain, pan in notes:
-        if (length, degree, octave) not in sounds:
-            hertz, seconds = np.float32(score.hertz(degree, octave)), np.float32(legato * length * score.sixteenth)
-            time = np.arange(int(seconds * score.rate), dtype=np.float32) / np.float32(score.rate)
-            rolloff = np.minimum(hertz + np.float32(brightness) * np.exp(-time / np.float32(darkening)), score.rate / 6)
-            cycles = np.arange(len(time)) * (float(hertz) / score.rate)
-            tone = _sawtooth(cycles, hertz, rolloff) - np.float32(comb) * _sawtooth(cycles + place, hertz, rolloff)
-            fade = np.minimum(1, (seconds - time) / np.float32(0.03)) * (1 - np.exp(-time / np.float32(attack)))
-            sounds[length, degree, octave] = tone * fade * np.exp(-time / np.float32(decay))
-        events.append((score.onset(bar, step), gain * rng.uniform(0.7, 1), pan, sounds[length, degree, octave]))
-    return _mix(events, score.N)
+    def draw_hit(hertz, decay, hiss, tilt, hiss_decay):  # a sine that falls to hertz, overdriven, and noise
+        skin = np.tanh(2 * np.sin(2 * np.pi * (hertz * time - 4 * np.exp(-time / 0.03))) * np.exp(-time / decay))
+        noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(len(time))) * np.linspace(0, 1, len(time) // 2 + 1) ** tilt)
+        return (1 - hiss) * skin + hiss * noise / noise.std() * np.exp(-time / hiss_decay)
+
+    kick = draw_hit(rng.uniform(42, 60), rng.uniform(0.1, 0.2), 0.1, 0.5, 0.004)
+    snare = draw_hit(rng.uniform(150, 230), 0.06, rng.uniform(0.3, 0.7), rng.uniform(0.1, 1), rng.uniform(0.04, 0.12))
+    hat = rng.uniform(0.1, 0.4) * draw_hit(1, 1, 1, rng.uniform(1, 3), rng.uniform(0.02, 0.1))
+    for patterns, hit, pan in (KICKS, kick, 0.5), (SNARES, snare, 0.5), (HATS, hat, rng.uniform(0.3, 0.7)):
+        for start, end, _ in plan.draw_notes(rng, patterns):
+            stereo[:, start:end][:, : len(hit)] += rng.uniform(0.6, 1) * np.outer([1 - pan, pan], hit[: end - start])
+    return stereo
 
 
-def _bass(rng, score):
-    """Roots, with fifths and octaves, under the chords → (2, N)."""
-    steps, busy, leaps = _steps(rng, SPARSE + DENSE[:4]), rng.uniform(0, 0.7), (0, 4, 7)
-    octave = 3 if score.key < 4 else 2  # from E1, the lowest string of a bass guitar
-    notes = [(bar, step, end - step, score.chords[bar] + leaps[rng.integers(3) * (rng.random() < busy)], octave, 1, 0.5)
-             for bar in score.bars["bass"] for step, end in zip(steps, steps[1:] + [16])]
-    return _play(rng, score, notes, rng.uniform(200, 1500), rng.uniform(0.3, 2))
+def filter_blocks(x, window, gain):
+    """Filters x (N,) in half overlapping windows with gain (..., 1 or blocks, bins) by overlap-add → (..., N)."""
+    half = len(window) // 2
+    padded = np.pad(x, (half, half + -len(x) % half))
+    blocks = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)[::half] * window
+    blocks = np.fft.irfft(np.fft.rfft(blocks) * gain)
+    return (blocks[..., :-1, half:] + blocks[..., 1:, :half]).reshape(*blocks.shape[:-2], -1)[..., : len(x)]
 
 
-def _other(rng, score):
-    """Chords, held or struck, and broken chords of plucks, each note at its own place from left to right → (2, N)."""
-    stabs, plucks = _steps(rng, SPARSE), _steps(rng, DENSE)
-    octave, width, order = (4 if score.key > 5 else 5), rng.uniform(0.3, 0.9), rng.permutation(5)
-    degrees = [0, 2, 4, 6] if rng.random() < 0.4 else [0, 2, 4]  # above the root: a seventh chord or a triad
-    chord_gain, pluck_gain = ((1, 0.4), (0.7, 0.8), (0.4, 1))[rng.integers(3)]
-    chords = [(bar, step, end - step, score.chords[bar] + degree, octave, chord_gain, 0.5 + width * (degree / 6 - 0.5))
-              for bar in score.bars["other"] for step, end in zip(stabs, stabs[1:] + [16]) for degree in degrees]
-    broken = [(bar, step, 4, score.chords[bar] + 2 * rank, octave + 1, pluck_gain, 0.5 + width * (rank / 4 - 0.5))
-              for bar in score.bars["other"] for step, rank in zip(plucks, np.resize(order, len(plucks)))]
-    return (_play(rng, score, chords, rng.uniform(500, 3500), rng.choice([0.4, 1, 4]))
-            + _play(rng, score, broken, rng.uniform(1500, 7000), rng.uniform(0.1, 0.6)))
-
-
-def _melody(rng, score):
-    """Notes (onset and length in samples, log2 of pitch in Hz): two rhythms, and a walk that likes chord notes."""
-    octave = rng.choice([4, 5]) if score.key < 4 else rng.choice([3, 4])  # the lowest note is between E2 and D#4
-    rhythms, degree, notes = [rng.choice([2, 2, 3, 4, 4, 6], 8) for _ in range(2)], 4, []
-    for bar in score.bars["vocals"]:
-        step = 2 * rng.integers(2)
-        for length in rhythms[bar // 2 % 2]:
-            degree = int(np.clip(degree + rng.choice([-3, -2, -1, -1, 0, 1, 1, 2, 3]), 0, 8))
-            degree += (degree - score.chords[bar]) % 7 not in (0, 2, 4) and rng.random() < 0.5
-            end = min(step + length, 15)
-            if end - step > 1:
-                onset = score.onset(bar, step)
-                notes.append((onset, score.onset(bar, end) - onset, np.log2(score.hertz(degree, octave))))
-            step = end
-    return notes
-
-
-def _gestures(rng, score, notes):
-    """How notes are sung, each HOP / 4 samples → (9, points): pitch (Hz), level, breath, vibrato, 5 formants (Hz)."""
-    second, curves = 4 * score.rate / HOP, np.zeros((9, 4 * score.N // HOP + 5))  # a second in points
-    pitch, level, breath, vibrato, formants = *curves[:4], curves[4:].T  # views
-    depth, breathiness, scoop = rng.uniform(0.15, 0.5) / 12, rng.uniform(0.02, 0.1), rng.uniform(0, 2) / 12
-    pitch[:], formants[:], rest = notes[0][2], VOWELS[0], 0
-    for onset, length, height in notes:
-        start, end = int(4 * onset / HOP), int(4 * (onset + length) / HOP)
-        if start - rest > 0.2 * second:  # breathe in before a phrase
-            breath[max(start - int(0.35 * second), 0) : max(start - int(0.1 * second), 0)] = 0.1
-        pitch[start:], formants[start:], rest = height, VOWELS[rng.integers(5)], end
-        pitch[start : start + int(0.08 * second)] -= scoop * rng.random()  # reached from below
-        formants[(start + end) // 2 :] += rng.uniform(0, 0.5) * (VOWELS[rng.integers(5)] - formants[start:][:1])
-        level[start : end - int(0.04 * second)], breath[start:end] = rng.uniform(0.6, 1), breathiness
-        vibrato[start + int(0.15 * second) : end] = depth
-    window = np.hanning(2 * int(rng.uniform(0.03, 0.07) * second) + 3)  # so long it glides from one value to the next
-    padded = np.pad(curves, [(0, 0), (len(window) // 2, len(window) // 2)], "edge")
-    curves = np.stack([np.convolve(curve, window / window.sum(), "valid") for curve in padded])
-    time = np.arange(len(pitch)) / second
-    whole = np.arange(int(time[-1]) + 2)
-    speed = np.interp(time, whole, rng.uniform(5, 6, len(whole)))  # of the vibrato, in Hz
-    curves[0] = 2 ** (curves[0] + curves[3] * np.sin(2 * np.pi * np.cumsum(speed) / second))
-    curves[4:] *= rng.uniform(0.95, 1.05) + 0.15 * (curves[0].mean() > 250)  # a high voice has a short vocal tract
-    return curves
-
-
-def _vocal_tract(excitation, formants, rate):
-    """Filters excitation (N,) with resonances at formants (5, frames) in Hz, a new shape every HOP samples → (N,)."""
-    padded = np.pad(excitation, (HOP, formants.shape[1] * HOP - len(excitation)))
-    window = np.sin(np.pi * (np.arange(2 * HOP) + 0.5) / (2 * HOP)).astype(np.float32)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, 2 * HOP)[::HOP] * window  # (frames, 2 HOP)
-    frequencies = np.fft.rfftfreq(2 * HOP, 1 / rate).astype(np.float32)
-    gain = np.full((len(frames), len(frequencies)), 0.03, np.float32)  # what passes far from the formants
-    for formant, height, width in zip(np.float32(formants), (1, 0.7, 0.45, 0.4, 0.25), (70, 90, 130, 200, 300)):
-        gain += np.float32(height) / (1 + ((frequencies - formant[: len(frames), None]) / np.float32(width)) ** 2)
-    frames = np.fft.irfft(np.fft.rfft(frames) * gain) * window
-    return (frames[:-1, HOP:] + frames[1:, :HOP]).reshape(-1)[: len(excitation)]
-
-
-def _vocals(rng, score):
-    """A voice: a buzz and breath through moving formants, and consonants between the notes → (2, N)."""
-    rate, notes = score.rate, _melody(rng, score)
-    curves = _gestures(rng, score, notes)
-    samples, points = np.arange(score.N), np.arange(curves.shape[1]) * (HOP // 4)
-    pitch, level, breath = (np.interp(samples, points, curve).astype(np.float32) for curve in curves[:3])
-    tension = np.float32(rng.uniform(0.09, 0.18) * rate) * (np.float32(0.4) + np.float32(0.6) * level)  # loud is bright
-    buzz = _sawtooth(np.cumsum(pitch, dtype=np.float64) / rate, pitch, tension)
-    hiss = rng.standard_normal(score.N, np.float32)
-    pan, loudness, consonants = rng.uniform(0.45, 0.55), rng.uniform(0.1, 0.25), []
-    for seconds in (0.02, 0.03, 0.05, 0.08, 0.11, 0.14):  # from t and k to sh and s
-        noise = _noise(rng, int(seconds * rate), rate, rng.uniform(1500, 6000), 12000)
-        shape = np.hanning(len(noise)) if seconds > 0.04 else np.exp(-5 * np.linspace(0, 1, len(noise)))
-        consonants.append(noise * shape.astype(np.float32))
-    events = [(0, 1, pan, _vocal_tract(level * buzz + breath * hiss, curves[4:, ::4], rate))]
-    for onset in [onset for onset, _, _ in notes if rng.random() < 0.6]:
-        consonant = consonants[rng.integers(len(consonants))]
-        events.append((onset - int(0.8 * len(consonant)), loudness * rng.uniform(0.4, 1), pan, consonant))
-    return _mix(events, score.N)
-
-
-def _room(rng, rate):
-    """Spectra (2, bins) of a room's echoes at the left and at the right: two noises that decay alike."""
-    n = 2 ** int(np.log2(1.5 * rate))
-    decay = np.exp(-6.9 * np.arange(n) / (rng.uniform(0.3, 1.4) * rate)).astype(np.float32)  # to -60 dB
-    spectra = np.fft.rfft(rng.standard_normal((2, n), np.float32) * decay / np.linalg.norm(decay), 2 * n)
-    frequencies = np.fft.rfftfreq(2 * n, 1 / rate).astype(np.float32)
-    return spectra / (1 + frequencies / np.float32(rng.uniform(2000, 8000))) * (frequencies / (frequencies + 200))
-
-
-def _reverberate(stereo, room, amount):
-    """Adds the room to stereo (2, N), by overlap-add: short FFTs stay in the cache."""
-    N, block = stereo.shape[1], room.shape[1] - 1
-    send = np.pad(np.float32(amount) * stereo.mean(axis=0), (0, -N % block)).reshape(-1, block)
-    echoes = np.fft.irfft(np.fft.rfft(send, 2 * block) * room[:, None])  # (2, blocks, 2 block)
-    echoes[:, 1:, :block] += echoes[:, :-1, block:]
-    return stereo + echoes[..., :block].reshape(2, -1)[:, :N]
-
-
-def _sounding_rms(stereo, rate):
-    """RMS over those tenths of a second that are within 30 dB of the loudest."""
-    n = rate // 10
-    power = np.square(stereo[:, : stereo.shape[1] // n * n]).reshape(2, -1, n).mean(axis=(0, 2))
-    return np.sqrt(power[power >= power.max() / 1000].mean())
+def synthesize_vocals(rng, plan):
+    """A voice: buzz and breath through five moving formants, each note begun by a consonant of noise → (2, N)."""
+    hop = 512  # samples between two shapes of the vocal tract
+    notes = plan.draw_notes(rng, CALM[2:] + BUSY, rng.integers(-1, 6, (13, 1)), rng.choice([4, 5] if plan.key < 4 else [3, 4]))
+    curves = np.zeros((9, -(-plan.N // hop) + 1))
+    pitch, vibrato, level, breath, formants = *curves[:4], curves[4:]  # views: octaves, octaves, amplitudes, Hz
+    pitch[:], formants[:] = np.log2(notes[0][2]), VOWELS[0][:, None]
+    breathiness, depth, scoop = rng.uniform(0.02, 0.2), rng.uniform(0.01, 0.04), rng.uniform(0, 0.2)
+    for start, end, hertz in notes:
+        start, voiced, end = start // hop, start // hop + rng.integers(2, 8), end // hop - rng.integers(3, 8)
+        pitch[start:] = np.log2(hertz)
+        pitch[start : voiced + 3] -= scoop * rng.random()
+        vibrato[voiced + 10 : end] = depth
+        level[voiced:end] = rng.uniform(0.6, 1)
+        breath[start:voiced], breath[voiced:end] = rng.uniform(0, 1.2), breathiness
+        formants[:, start:voiced], formants[:, voiced:] = rng.uniform(1000, 9000, (5, 1)), rng.choice(VOWELS)[:, None]
+    reach = rng.integers(3, 6)  # hops in which the voice glides from one shape to the next
+    padded = np.pad(curves, ((0, 0), (reach, reach)), "edge")
+    window = np.hanning(2 * reach + 3)[1:-1] / (reach + 1)
+    curves = np.lib.stride_tricks.sliding_window_view(padded, len(window), axis=1) @ window
+    curves[0] += curves[1] * np.sin(2 * np.pi * rng.uniform(5, 6) * hop / plan.rate * np.arange(curves.shape[1]))
+    curves[0], samples = 2 ** curves[0], np.arange(plan.N) / hop
+    hertz, level, breath = (np.interp(samples, np.arange(len(c)), c).astype(np.float32) for c in curves[[0, 2, 3]])
+    buzz = synthesize_sawtooth(np.cumsum(hertz, dtype=np.float64) / plan.rate, np.exp(-hertz / rng.uniform(3000, 8000)))
+    gain, frequencies = np.float32(0.03), np.fft.rfftfreq(2 * hop, 1 / plan.rate).astype(np.float32)
+    for formant, height in zip(np.float32(curves[4:, :, None] * rng.uniform(0.95, 1.15)), (1, 0.7, 0.45, 0.4, 0.25)):
+        gain = gain + height / (1 + ((frequencies - formant) / (50 + 0.05 * formant)) ** 2)  # (frames, bins)
+    window = np.clip(1.5 - np.abs(np.arange(0.5 - hop, hop, dtype=np.float32)) * 2 / hop, 0, 1)  # its hops add up to 1
+    voice = filter_blocks(level * buzz + breath * rng.standard_normal(plan.N, np.float32), window, gain)
+    return rng.uniform(0.8, 1, (2, 1)).astype(np.float32) * voice
 
 
 def synthesize_song(seed: int, seconds: float = 30.0, rate: int = 44100) -> dict[str, np.ndarray]:
     """One song, the same for the same arguments: drums, bass, chords and plucks, and a voice without words.
-
-    With the seed vary tempo (72 to 148 beats a minute), swing, key, mode, chords, rhythms, melody, timbres, singer,
-    levels, panning and reverberation. Each source rests in up to three tenths of the two-bar sections. Where a source
-    sounds, its RMS is about -29 to -19 dBFS; the voice's is 3 to 7 dB below that of the other three together.
 
     Args:
         seed: a non-negative integer.
         seconds: length, at least 1.
         rate: sample rate in Hz, at least 8000.
     Returns:
-        "drums", "bass", "other" and "vocals", each (N, 2) float32 with N = round(seconds * rate). Their sum, the
-        mixture, peaks below 0.9.
+        "drums", "bass", "other" and "vocals", each (N, 2) float32 with N = round(seconds * rate), resting in up to three
+        tenths of the two-bar sections. Their sum, the mixture, peaks below 0.9.
     """
     rng = np.random.default_rng(seed)
-    score, room = _Score(rng, seconds, rate), _room(rng, rate)
-    stems = {}
-    for source, player, wetness in zip(SOURCES, (_drums, _bass, _other, _vocals), (0.3, 0.05, 0.6, 0.5)):
-        stem = _reverberate(player(rng, score), room, wetness * rng.uniform(0.3, 1))
-        stems[source] = stem / _sounding_rms(stem, rate)
-    gains = 10 ** (rng.uniform(-25, -20, 3) / 20)
-    gains = [*gains, np.linalg.norm(gains) * 10 ** (rng.uniform(-7, -3) / 20)]
-    stems = {source: np.float32(gain) * stems[source] for source, gain in zip(SOURCES, gains)}
-    scale = np.float32(min(1, 0.89 / np.abs(sum(stems.values())).max()))
-    return {source: np.ascontiguousarray(scale * stem.T) for source, stem in stems.items()}
+    plan = SongPlan(rng, seconds, rate)
+    low, leaps, broken = 3 if plan.key < 4 else 2, rng.choice([0, 0, 4, 7], (4, 1)), 2 * rng.permutation(5)[:, None]
+    bass = synthesize_part(rng, plan, CALM + BUSY, leaps, low, (200, 1500), (0.3, 2), 0)
+    chords = synthesize_part(rng, plan, CALM, [[0, 2, 4]], low + 2, (500, 3500), (0.3, 3), 0.7)
+    plucks = synthesize_part(rng, plan, BUSY, broken, low + 3, (1500, 7000), (0.1, 0.6), 0.7)
+    players = synthesize_drums(rng, plan), bass, chords + rng.uniform(0.5, 2) * plucks, synthesize_vocals(rng, plan)
+    stems, section, half = {}, 32 * plan.sixteenth, 2 ** int(np.log2(rate))  # two bars and the echoes, in samples
+    for source, stem, wetness in zip(("drums", "bass", "other", "vocals"), players, (0.3, 0.1, 0.5, 0.4)):
+        sections = rng.permutation(plan.N // section + 1)
+        stem = stem * (sections >= rng.integers(int(0.3 * len(sections)) + 1)).repeat(section)[: plan.N]
+        room = rng.standard_normal((2, half), np.float32) * np.exp(-np.arange(half) / rng.uniform(0.04, 0.15) / rate)
+        room = np.fft.rfft(room.astype(np.float32), 2 * half)[:, None] / np.linspace(1, 8, half + 1, dtype=np.float32)
+        echoes = filter_blocks(stem.mean(axis=0), np.repeat(np.float32([1, 0]), half), room)
+        stem = stem / stem.std() + wetness * rng.uniform(0.2, 1) / echoes.std() * echoes
+        stems[source] = 10 ** (rng.uniform(-1.5, 1.5) / 20) * stem / stem.std()
+    scale = rng.uniform(0.4, 0.89) / np.abs(sum(stems.values())).max()
+    return {source: np.ascontiguousarray(scale * stem.T, np.float32) for source, stem in stems.items()}
 
 
 # ---------------------------------------------------------------------------------------------- augmentations

@@ -32,7 +32,7 @@ from utils import EarlyStopping, Parser, UserError, atomic_write, figure, load, 
 # What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
 PRESETS = {
     "umx": {},
-    "tutorial": dict(epochs=24, batch_size=8, seq_dur=3.0, samples_per_track=8, hidden_size=256, lr=0.002, lr_decay_patience=3),
+    "tutorial": dict(epochs=20, batch_size=8, seq_dur=3.0, samples_per_track=16, hidden_size=256, lr=0.002, lr_decay_patience=3),
 }
 
 

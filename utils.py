@@ -75,7 +75,7 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is out of range ({low} to {high})")
         return value
 
-    parse.__name__ = f"{kind.__name__} value"  # argparse names the type in "invalid int value: 'x'"
+    parse.__name__ = kind.__name__  # for argparse: "invalid int value: ..."
     return parse
 
 

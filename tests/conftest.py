@@ -16,6 +16,7 @@ from model import OpenUnmix
 from utils import import_torchaudio, save, use_ffmpeg
 
 FOLDER = Path(__file__).parents[1]
+EXCERPT = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
 torch.set_num_threads(2)
 use_ffmpeg()
 import_torchaudio()  # so that openunmix, which imports it, can
@@ -31,17 +32,21 @@ def sdr(reference, estimate):
 @pytest.fixture(scope="session")
 def excerpt_folder(tmp_path_factory):
     """The excerpt of a real song that stempeg ships, as WAV files in a track folder of musdb's layout."""
-    stem = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
-    folder = tmp_path_factory.mktemp("excerpt") / "test" / "The Easton Ellises - Falcon 69"
+    folder = tmp_path_factory.mktemp("excerpt") / "test" / EXCERPT.name.removesuffix(".stem.mp4")
     folder.parent.mkdir()
-    decode_stem(stem, folder)
+    decode_stem(EXCERPT, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def excerpt(excerpt_folder):
     """Its mixture and sources: {name: (2, N) float32 tensor}, six seconds at 44.1 kHz."""
-    files = {path.stem: soundfile.read(path, dtype="float32")[0].T for path in excerpt_folder.glob("*.wav")}
+    return read_tracks(excerpt_folder)
+
+
+def read_tracks(folder):
+    """The WAV files of a track folder: {name: (C, N) float32 tensor}."""
+    files = {path.stem: soundfile.read(path, dtype="float32")[0].T for path in folder.glob("*.wav")}
     return {name: torch.from_numpy(audio.copy()) for name, audio in files.items()}
 
 
@@ -101,7 +106,7 @@ def model_folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def run_script(*command, cwd, timeout=300, env=None, code=0, threads=2):
+def run_script(*command, cwd, timeout=300, env=None, code=0, threads=1):
     """Run `python <script> ...` as a user would; returns (stdout, stderr) after checking the exit code."""
     script, *arguments = map(str, command)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HOME": str(cwd), **(env or {})}

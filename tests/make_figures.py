@@ -39,13 +39,11 @@ if __name__ == "__main__":
     import sys
     import tempfile
 
-    import soundfile
-
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import conftest
+    from conftest import EXCERPT, read_tracks
+
     from data import decode_stem
 
     with tempfile.TemporaryDirectory() as folder:
-        stem = next((Path(conftest.importlib.util.find_spec("stempeg").origin).parent / "data").glob("*.stem.mp4"))
-        decode_stem(stem, Path(folder, "song"))
-        make({p.stem: torch.from_numpy(soundfile.read(p, dtype="float32")[0].T.copy()) for p in Path(folder, "song").glob("*.wav")})
+        decode_stem(EXCERPT, Path(folder, "song"))
+        make(read_tracks(Path(folder, "song")))

@@ -1,0 +1,121 @@
+"""What the benchmarks share: timing, memory, a description of the machine, a table.
+
+Each benchmark has `measure(quick=False)`, which returns rows: dicts of "name", "ours", "theirs", "ratio", "unit", "spread"
+(of our timing: (longest - shortest) / median) and "target" (text); None where a row has no such entry.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(FOLDER))  # the scripts' own folder: benchmarks import them after this module
+
+from utils import import_torchaudio, use_ffmpeg  # noqa: E402
+
+PEERS = ("openunmix", "norbert", "museval", "musdb", "stempeg")
+COLUMNS = ("name", "ours", "theirs", "ratio", "unit", "spread", "target")
+
+
+def import_openunmix():
+    """The published implementation, with its data, model and filtering modules."""
+    use_ffmpeg()
+    import_torchaudio()
+    import openunmix
+    import openunmix.data
+    import openunmix.filtering
+    import openunmix.model
+
+    return openunmix
+
+
+def hardware_and_versions():
+    """Processor, cores, memory, GPU, Python and package versions, as a few lines of text."""
+    import torch
+
+    processor, memory = platform.processor() or platform.machine(), ""
+    if Path("/proc/cpuinfo").exists():
+        names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        processor = names[0] if names else processor
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB memory"
+    lines = [f"{processor}, {os.cpu_count()} cores{memory}, {platform.system()} {platform.release()}"]
+    if torch.cuda.is_available():
+        lines.append(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    packages = [f"torch {torch.__version__} ({torch.get_num_threads()} threads)"]
+    for name in ("torchaudio", "numpy", *PEERS):
+        try:
+            packages.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    lines.append(f"Python {platform.python_version()}, " + ", ".join(packages))
+    return "\n".join(lines)
+
+
+def timings(*functions, repeats=5, warmup=1):
+    """Time functions in turn, so that a busy moment hits them alike.
+
+    Returns [(median in seconds, spread), ...], one pair for each function; spread is (longest - shortest) / median.
+    """
+    seconds = [[] for _ in functions]
+    for repeat in range(warmup + repeats):
+        for function, measured in zip(functions, seconds):
+            start = time.perf_counter()
+            function()
+            if repeat >= warmup:
+                measured.append(time.perf_counter() - start)
+    medians = [statistics.median(measured) for measured in seconds]
+    return [(median, (max(measured) - min(measured)) / median) for median, measured in zip(medians, seconds)]
+
+
+def peak_memory(code, timeout=600):
+    """Run Python code in a fresh process in the scripts' folder; return its peak resident memory in MB and what it printed.
+
+    Compare with `peak_memory("import ...")[0]`: what the imports alone take.
+    """
+    # VmHWM starts anew with each program; ru_maxrss, the only figure elsewhere, would also count the parent's memory.
+    tail = """
+import pathlib, resource, sys
+status = pathlib.Path("/proc/self/status")
+if status.exists():
+    peak = next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("\\n", peak, sep="")
+"""
+    done = subprocess.run([sys.executable, "-c", code + tail], cwd=FOLDER, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stderr}")
+    output, _, peak = done.stdout.rstrip().rpartition("\n")
+    return int(peak) / 1e6, output.rstrip()
+
+
+def print_rows(rows):
+    """Print rows as a table of Markdown."""
+
+    def text(value):
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        return "" if value is None else str(value)
+
+    table = [COLUMNS] + [tuple(text(row.get(column)) for column in COLUMNS) for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    for number, line in enumerate(table):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def main(measure, description):
+    """A benchmark's command line: `python benchmarks/<name>.py [--quick]`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="smaller inputs, fewer repeats: does it run?")
+    args = parser.parse_args()
+    print(hardware_and_versions(), end="\n\n", flush=True)
+    print_rows(measure(args.quick))

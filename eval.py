@@ -52,7 +52,7 @@ def parse_args(arguments):
     )
     add("--estimates", metavar="DIR", help="score these stems instead of a model's: DIR/<subset>/<track>/<target>.wav")
     add("--engine", choices=["own", "museval"], default="own", help="who computes BSS Eval: the same numbers, museval is slower")
-    add("--workers", type=number(int, 1), default=1, help="processes that score while the next track is separated")
+    add("--workers", type=number(int, 1, 256), default=1, help="processes that score while the next track is separated")
     add = parser.add_argument_group("output").add_argument
     add("--evaldir", help="folder for museval's JSON of each track: <evaldir>/<subset>/<track>.json (default: scores/<model>)")
     add("--outdir", help="also keep the model's stems: <outdir>/<subset>/<track>/<target>.wav")

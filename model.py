@@ -8,6 +8,7 @@ Axis letters, everywhere in this project:
 Stöter, Uhlich, Liutkus, Mitsufuji: Open-Unmix - A Reference Implementation for Music Source Separation, JOSS 2019.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from utils import SOURCES, UserError, download, load, select_device
+from utils import SOURCES, UserError, download, file_name, load, select_device
 
 # ---------------------------------------------------------------------------------------------- STFT
 
@@ -581,31 +582,33 @@ def separator_from_flags(args):
     separator.amp = args.amp
     if args.wiener == "norbert":
         separator.wiener = norbert_wiener
-    aggregation(separator, args)  # for its check of the flag
+    aggregation(separator.targets, args)  # for its check of the flag
     return separator.to(device).eval()
 
 
-def aggregation(separator, args):
+def aggregation(targets, args):
     """--aggregate as {stem name: targets to sum}; each target by itself without the flag."""
     if args.aggregate is None:
-        return {target: [target] for target in separator.targets}
+        return {target: [target] for target in targets}
     try:
         sums = json.loads(args.aggregate)
-        if not sums or not all(isinstance(targets, list) and targets for targets in sums.values()):
+        if not sums or not all(isinstance(parts, list) and parts for parts in sums.values()):
             raise ValueError("not an object of lists")
     except (ValueError, AttributeError) as error:
         raise UserError(f'--aggregate: is not JSON such as {{"rest": ["drums", "bass"]}} ({error})') from None
-    for name, targets in sums.items():
-        unknown = [target for target in targets if target not in separator.targets]
+    for name, parts in sums.items():
+        unknown = [target for target in parts if target not in targets]
         if unknown:
-            raise UserError(f"--aggregate: unknown target {unknown[0]!r}; the model has {', '.join(separator.targets)}")
-        if Path(name).name != name:
-            raise UserError(f"--aggregate: {name!r} can't be the name of a file")
+            raise UserError(f"--aggregate: unknown target {unknown[0]!r}; there are {', '.join(targets)}")
+        try:
+            file_name(name)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--aggregate: {error}") from None
     return sums
 
 
 def sum_targets(estimates, separator, args):
     """Estimates (J, C, n) -> {stem name: (C, n)} as --aggregate asks."""
     index = {target: j for j, target in enumerate(separator.targets)}
-    sums = aggregation(separator, args)
+    sums = aggregation(separator.targets, args)
     return {name: sum(estimates[index[target]] for target in targets) for name, targets in sums.items()}

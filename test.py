@@ -52,13 +52,13 @@ def find_songs(inputs):
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            found = {p: str(p.relative_to(path).with_suffix("")) for p in path.rglob("*") if p.suffix.lower() in AUDIO and p.is_file()}
+            found = {p: str(p.relative_to(path).parent / song_name(p)) for p in path.rglob("*") if p.suffix.lower() in AUDIO and p.is_file()}
             if not found:
                 raise UserError(f"{item}: a folder without audio files in it ({' '.join(sorted(AUDIO))})")
         elif path.exists() or not glob.has_magic(item):
-            found = {path: path.stem}
+            found = {path: song_name(path)}
         else:
-            found = {Path(p): Path(p).stem for p in glob.glob(item, recursive=True) if Path(p).suffix.lower() in AUDIO}
+            found = {Path(p): song_name(Path(p)) for p in glob.glob(item, recursive=True) if Path(p).suffix.lower() in AUDIO}
             if not found:
                 raise UserError(f"{item}: matches no audio file")
         files.update(found)
@@ -71,6 +71,11 @@ def find_songs(inputs):
         taken[name] = path
         songs.append((path, name))
     return songs
+
+
+def song_name(path):
+    """A file's name without its extension, unless that leaves nothing that can name a folder."""
+    return path.stem if path.stem.strip(". ") else path.name
 
 
 @contextlib.contextmanager

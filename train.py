@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets
+from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets, target_sources
 from model import ARCHITECTURES, load_networks, stft
-from utils import EarlyStopping, Parser, UserError, atomic_write, figure, load, number, process_rank, run, save, save_figure, select_device
+from utils import EarlyStopping, Parser, UserError, figure, file_name, load, number, process_rank, run, save, save_figure, select_device
 
 # What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
 PRESETS = {
@@ -44,16 +43,16 @@ def parse_args(arguments):
     add("--is-wav", action="store_true", help="--root is MUSDB18-HQ (WAV), even if it holds stem files too")
     add("--cache", help="folder for the WAV files decoded from stems (default: <root>-wav)")
     add("--target", nargs="+", default=["vocals"], help="sources to train, one network each, one after the other")
-    add("--target-file", default="vocals.wav", help="trackfolder_*: the target's file in each track folder")
-    add("--interferer-files", nargs="+", default=["drums.wav", "bass.wav", "other.wav"], help="trackfolder_fix: the others")
+    add("--target-file", type=file_name, default="vocals.wav", help="trackfolder_*: the target's file in each track folder")
+    add("--interferer-files", type=file_name, nargs="+", default=["drums.wav", "bass.wav", "other.wav"], help="trackfolder_fix: the others")
     add("--random-track-mix", action="store_true", help="trackfolder_fix: take each interferer from a random track")
     add("--random-interferer-mix", action="store_true", help="trackfolder_var: take all interferers from one random track")
     add("--silence-missing", action="store_true", help="trackfolder_var: a track without the target file has a silent target")
     add("--target-dir", default="vocals", help="sourcefolder: the target's folder")
     add("--interferer-dirs", nargs="+", default=["drums", "bass", "other"], help="sourcefolder: the others")
     add("--ext", default=".wav", help="sourcefolder, trackfolder_var: which files to use")
-    add("--input-file", default="mixture.wav", help="aligned: the network's input")
-    add("--output-file", default="vocals.wav", help="aligned: what it should make of it")
+    add("--input-file", type=file_name, default="mixture.wav", help="aligned: the network's input")
+    add("--output-file", type=file_name, default="vocals.wav", help="aligned: what it should make of it")
     add("--seq-dur", type=number(float, 0.1), default=6.0, help="length of a training example in seconds")
     add("--samples-per-track", type=number(int, 1), default=64, help="training examples per track and epoch")
     add(
@@ -507,6 +506,8 @@ def main():
         if model_rate:
             tracks = (*tracks[:2], model_rate, tracks[3])
         say(f"{len(tracks[0])} training tracks, {len(tracks[1])} validation tracks, {tracks[2]} Hz")
+        for target in args.target:
+            target_sources(target, tracks[0])  # for its check, before anything is moved
         if rank == 0:
             prepare_folder(args, tracks[2], say)
         statistics = None

@@ -67,16 +67,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from `low` to `high`, both included; NaN never is."""
+    """An argparse type: an int or float from `low` to `high`, both included; NaN and infinity never are."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is out of range ({low} to {high})")
         return value
 
     parse.__name__ = kind.__name__  # for argparse: "invalid int value: ..."
     return parse
+
+
+def file_name(text):
+    """An argparse type: a name that a file in a folder can have."""
+    if not text.strip(". ") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a file")
+    return text
 
 
 def run(main):
@@ -107,7 +114,7 @@ def add_separation_flags(parser):
     add("--wiener-win-len", type=number(int, 0), default=300, help="frames on which it works at a time; 0: all")
     add("--wiener", choices=["own", "norbert"], default="own", help="whose Wiener filter: model.py's or norbert's (slow)")
     add("--softmask", action="store_true", help="start the filter from ratio masks instead of the networks' magnitudes")
-    add("--residual", nargs="?", const="residual", metavar="NAME", help="also estimate what belongs to no target")
+    add("--residual", nargs="?", type=file_name, const="residual", metavar="NAME", help="also estimate what belongs to no target")
     add("--aggregate", metavar="JSON", help='sum targets, such as {"vocals": ["vocals"], "accompaniment": ["drums", "bass", "other"]}')
     add("--amp", action="store_true", help="compute the networks in bfloat16")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
@@ -356,6 +363,8 @@ class AudioStream:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
         if self.channels > 2:
             raise UserError(f"{path}: has {self.channels} channels; mix it down to stereo or mono first")
+        if not 1000 <= self.rate <= 1_000_000:
+            raise UserError(f"{path}: has a sample rate of {self.rate} Hz, which can't be right; repair or export it again")
         self.start = round(start * self.rate)
         self.limit = None if duration is None else max(1, round(duration * self.rate))
         if length <= self.start:
@@ -433,7 +442,12 @@ def read_audio(path):
 
 
 def resample(waveform, rate, new_rate):
-    """A waveform (..., N) at another sample rate in Hz, by windowed sinc interpolation (torchaudio)."""
+    """A waveform (..., N) at another sample rate in Hz, by windowed sinc interpolation (torchaudio).
+
+    Raises UserError for rates without a common divisor to speak of: the filter bank would take gigabytes.
+    """
+    if rate * new_rate > 1e8 * math.gcd(rate, new_rate) ** 2:
+        raise UserError(f"audio of {rate} Hz can't be resampled to {new_rate} Hz; convert it first: ffmpeg -i FILE -ar {new_rate} NEW.wav")
     return import_torchaudio().functional.resample(waveform, rate, new_rate)
 
 

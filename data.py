@@ -6,6 +6,7 @@ Axis letters: C channels, N samples (see model.py).
 """
 
 import collections
+import contextlib
 import functools
 import importlib.util
 import json
@@ -15,91 +16,89 @@ import shutil
 import subprocess
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 import yaml
+from filelock import FileLock
 from tqdm import tqdm
 
-from utils import SOURCES, UserError, atomic_write, download, resample, use_ffmpeg, wav_layout
+from utils import REACH, SOURCES, UserError, download, resample, use_ffmpeg, wav_layout
+
+# glibc's malloc gives arrays of megabytes back to the system and asks for them anew, page by page, unless it has once
+# freed a larger one. Without this line page faults take two thirds of the time of an example.
+np.empty(30 << 20, np.uint8)
 
 # ---------------------------------------------------------------------------------------------- files and tracks
 
 
 @dataclass(frozen=True)
 class Audio:
-    """One indexed audio file; `length` in samples. WAV samples are memory-mapped, anything else is read by soundfile."""
+    """One indexed audio file, mono or stereo, of `length` samples."""
 
     path: str
     rate: int
     channels: int
     length: int
-    layout: tuple  # (dtype, offset) of a WAV's samples, () for other formats
+    layout: tuple  # (dtype, offset in bytes) of a PCM WAV's samples, read from where they lie; () for what soundfile reads
     stamp: tuple  # (size, modification time) when it was indexed
 
     @classmethod
     def index(cls, path):
-        """Read a file's header. Raises UserError for a file that is unreadable, empty or has more than two channels."""
+        """Read a file's header. Raises UserError for a file that is unreadable, empty, cut short, or has over two channels."""
         try:
-            found = wav_layout(path)
-            if found:
-                rate, channels, dtype, offset, length = found
-                layout = (dtype, offset)
-            else:
-                info = soundfile.info(str(path))
-                rate, channels, length, layout = info.samplerate, info.channels, info.frames, ()
-            status = os.stat(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); replace it") from error
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{path}: is not audio that can be read ({error.error_string}); replace it") from error
-        if length == 0 or channels > 2:
-            problem = "contains no samples" if length == 0 else f"has {channels} channels, not one or two"
+            status, wav = os.stat(path), wav_layout(path)
+            info = None if wav else soundfile.info(str(path))
+        except (OSError, soundfile.LibsndfileError) as error:
+            reason = getattr(error, "strerror", None) or getattr(error, "error_string", error)
+            raise UserError(f"{path}: is not audio that can be read ({reason}); replace it") from error
+        rate, channels, *layout, length = wav or (info.samplerate, info.channels, info.frames)
+        if not length or channels > 2:
+            problem = f"has {channels} channels, not one or two" if length else "contains no samples"
             raise UserError(f"{path}: {problem}; replace it")
-        return cls(str(path), rate, channels, length, layout, (status.st_size, status.st_mtime_ns))
+        audio = cls(str(path), rate, channels, length, tuple(layout), (status.st_size, status.st_mtime_ns))
+        audio.read(length - 1, 1)  # a header may promise more than there is
+        return audio
 
     def read(self, start, length):
-        """Samples `start` to `start + length` as (C, N) float32 between -1 and 1, with silence beyond the file's ends."""
-        status = os.stat(self.path)  # a map that reaches past the end of a shortened file would kill the process
-        if (status.st_size, status.st_mtime_ns) != self.stamp:
-            raise UserError(f"{self.path}: was changed since it was indexed; start again")
-        first, last = max(start, 0), min(start + length, self.length)
-        if first >= last:
-            return np.zeros((self.channels, length), np.float32)
-        if self.layout:
-            audio = to_float(mapped(self)[first:last])
-        else:
+        """Samples `start` to `start + length` as (C, N) float32 between -1 and 1, with silence beyond the file's ends.
+
+        Raises UserError for a file that is gone, was changed since it was indexed, or is damaged.
+        """
+        first = max(start, 0)
+        last = max(first, min(start + length, self.length))
+        audio = np.empty((self.channels, length), np.float32)
+        audio[:, : first - start] = audio[:, last - start :] = 0
+        try:
+            status = os.stat(self.path)
+            if (status.st_size, status.st_mtime_ns) != self.stamp:
+                raise UserError(f"{self.path}: was changed since it was indexed; start again")
+            if first < last:
+                samples = self.samples(first, last - first)
+                scale = 1 if samples.dtype.kind == "f" else 0.5 ** (8 * samples.itemsize - 1)
+                np.multiply(samples.T, np.float32(scale), out=audio[:, first - start : last - start], dtype=np.float32)
+        except (OSError, ValueError, soundfile.LibsndfileError) as error:  # ValueError: too few to reshape
+            raise UserError(f"{self.path}: is gone, damaged or cut short ({error}); replace it") from error
+        return audio
+
+    def samples(self, first, count):
+        """`count` samples from `first` on, as stored: (n, C) integers or floats; 24-bit ones as 32-bit integers."""
+        if not self.layout:
             with soundfile.SoundFile(self.path) as file:
                 file.seek(first)
-                audio = file.read(last - first, dtype="float32", always_2d=True)
-            if len(audio) < last - first:
-                raise UserError(f"{self.path}: breaks off after {first + len(audio)} of {self.length} samples; replace it")
-        if last - first < length:
-            audio = np.pad(audio, ((first - start, start + length - last), (0, 0)))
-        return audio.T  # (C, N)
-
-
-@functools.lru_cache(maxsize=4096)
-def mapped(audio):
-    """The samples of a WAV file as a memory map (N, C), or (N, C, 3) bytes for 24 bit; opened once in each process."""
-    dtype, offset = audio.layout
-    shape = (audio.length, audio.channels) + (3,) * (dtype == "<i3")
-    dtype = "u1" if dtype == "<i3" else dtype
-    return np.asarray(np.memmap(audio.path, dtype, mode="r", offset=offset, shape=shape))
-
-
-def to_float(samples):
-    """Integer PCM to float32 between -1 and 1: (N, C), or (N, C, 3) bytes for 24 bit, -> (N, C)."""
-    if samples.dtype == np.uint8:
-        low, middle, high = np.moveaxis(samples.astype(np.int32), -1, 0)
-        samples = high << 24 | middle << 16 | low << 8
-    if samples.dtype == np.float32:
-        return samples
-    return np.multiply(samples, np.float32(1 / -float(np.iinfo(samples.dtype).min)), dtype=np.float32)
+                return file.read(count, dtype="float32", always_2d=True).reshape(count, self.channels)
+        dtype, offset = self.layout
+        stored = np.dtype("(3,)u1" if dtype == "<i3" else dtype)
+        offset += first * self.channels * stored.itemsize
+        samples = np.fromfile(self.path, stored, count * self.channels, offset=offset)
+        if dtype == "<i3":
+            samples = np.pad(samples, [(0, 0), (1, 0)]).view("<i4")  # a low byte of zero
+        return samples.reshape(count, self.channels)
 
 
 def read_as(audio, start, length, rate, channels):
@@ -109,11 +108,11 @@ def read_as(audio, start, length, rate, channels):
     else:  # whole periods of the rates' ratio and some context give the same samples as resampling the whole file
         divisor = math.gcd(audio.rate, rate)
         old, new = audio.rate // divisor, rate // divisor
-        context = math.ceil(16 * max(1, old / new) / old)  # periods
+        context = math.ceil(REACH * max(1, old / new) / old)  # periods
         first = start // new
         periods = -(-(start + length) // new) - first
         samples = audio.read((first - context) * old, (periods + 2 * context) * old)
-        samples = resample(torch.from_numpy(np.ascontiguousarray(samples)), audio.rate, rate).numpy()
+        samples = resample(torch.from_numpy(samples), audio.rate, rate).numpy()
         skip = context * new + start - first * new
         samples = samples[:, skip : skip + length]
     if len(samples) == channels:
@@ -130,23 +129,30 @@ class Track:
     mixture: Audio | None = None
 
     @property
-    def audios(self):
-        return [*self.sources.values()] + [self.mixture] * (self.mixture is not None)
+    def input(self):
+        """What adds up to the mixture: its own file where there is one, else the sources."""
+        return [self.mixture] if self.mixture else [*self.sources.values()]
 
-    def length(self, rate):
-        """Samples of the longest file, or of the mixture where there is one, at `rate`."""
-        files = [self.mixture] if self.mixture else self.sources.values()
-        return max(-(-audio.length * rate // audio.rate) for audio in files)
+
+def length_at(rate, audios):
+    """Samples of the longest of some files, at `rate`."""
+    return max(-(-audio.length * rate // audio.rate) for audio in audios)
 
 
 def target_sources(target, tracks):
-    """The names of the sources that make up a target: its own, or all but vocals for "accompaniment"."""
+    """The sources that make up a target: [[its own name]], or all but vocals for "accompaniment": [[name, ...]].
+
+    "all" is every source by itself, [[name], ...]: a target of as many times C channels, for a network that estimates
+    them together.
+    """
     names = sorted({name for track in tracks for name in track.sources})
     if target in names:
-        return [target]
+        return [[target]]
     if target == "accompaniment" and "vocals" in names:
-        return [name for name in names if name != "vocals"]
-    raise UserError(f"--target {target}: no such source in the data; it has {', '.join(names)}")
+        return [[name for name in names if name != "vocals"]]
+    if target == "all":
+        return [[name] for name in names]
+    raise UserError(f"--target {target}: no such source in the data; it has {', '.join(names[:9])}")
 
 
 # ---------------------------------------------------------------------------------------------- layouts of datasets
@@ -163,30 +169,31 @@ def index_musdb(root, split):
             with none of those gives every seventh track); "test" is root/test.
     """
     subset = "test" if split == "test" else "train"
-    folders = track_folders(root, subset, "mixture.wav, drums.wav, bass.wav, other.wav and vocals.wav", "mixture.wav")
-    if subset == "train":
-        listed = set(musdb_settings()["validation_tracks"])
-        names = [folder.name for folder in folders]
-        validation = listed.intersection(names) or set(names[::7] if len(names) > 1 else names)
-        folders = [folder for folder in folders if (folder.name in validation) == (split == "valid")]
-        if not folders:
-            raise UserError(f"{root}/train: has {len(names)} tracks, none of them for {split}ing; add more")
-    return [
-        Track(folder.name, index_files(folder, {name: f"{name}.wav" for name in SOURCES}), Audio.index(folder / "mixture.wav"))
-        for folder in folders
-    ]
+    folders = track_folders(root, subset, ["mixture.wav", *(f"{name}.wav" for name in SOURCES)])
+    tracks = [Track(folder.name, dict(zip(SOURCES, sources)), mixture) for folder, (mixture, *sources) in folders]
+    if split == "test":
+        return tracks
+    names = [track.name for track in tracks]
+    validation = set(musdb_settings()["validation_tracks"]).intersection(names) or set(names[::7])
+    part = [track for track in tracks if (track.name in validation) == (split == "valid")]
+    if not part:
+        raise UserError(f"{root}/train: has {len(names)} tracks, all of them for validation; add more")
+    return part
 
 
 def index_aligned(root, split, input_file="mixture.wav", output_file="vocals.wav"):
-    """Pairs of files that match sample by sample, for denoising or any input -> output.
+    """Pairs of files that match sample by sample, for denoising or any input -> output; the longer one is cut.
 
     root/train/<track>/mixture.wav --> input
     root/train/<track>/vocals.wav ---> output
     root/valid/<track>/...
     """
-    folders = track_folders(root, split, f"{input_file} and {output_file}", input_file, output_file)
-    target = Path(output_file).stem
-    return [Track(f.name, index_files(f, {target: output_file}), Audio.index(one_file(f, input_file))) for f in folders]
+    tracks = []
+    for folder, pair in track_folders(root, split, [input_file, output_file]):
+        seconds = min(audio.length / audio.rate for audio in pair)
+        mixture, target = (replace(audio, length=round(seconds * audio.rate)) for audio in pair)
+        tracks.append(Track(folder.name, {Path(output_file).stem: target}, mixture))
+    return tracks
 
 
 def index_sourcefolder(root, split, target_dir, interferer_dirs, ext=".wav"):
@@ -199,12 +206,12 @@ def index_sourcefolder(root, split, target_dir, interferer_dirs, ext=".wav"):
     root/valid/...
     """
     tracks = []
-    for name in [target_dir, *interferer_dirs]:
+    for source, name in {Path(target_dir).stem: target_dir, **{name: name for name in interferer_dirs}}.items():
         folder = Path(root, split, name)
-        files = sorted(folder.glob(f"*{ext}")) if folder.is_dir() else []
+        files = [path for path in visible(folder) if path.name.endswith(ext)]
         if not files:
-            raise UserError(f"{folder}: no files *{ext} there{found_in(folder)}")
-        tracks += [Track(f"{name}/{path.stem}", {name: Audio.index(path)}) for path in files]
+            raise UserError(f"{folder}: no files *{ext} there; {found_in(folder)}")
+        tracks += [Track(f"{name}/{path.stem}", {source: Audio.index(path)}) for path in files]
     return tracks
 
 
@@ -217,9 +224,9 @@ def index_trackfolder_fix(root, split, target_file="vocals.wav", interferer_file
     root/train/<track>/vocals.wav -------------------> output
     root/valid/<track>/...
     """
-    files = [target_file, *interferer_files]
-    folders = track_folders(root, split, " and ".join(files), *files)
-    return [Track(folder.name, index_files(folder, {Path(file).stem: file for file in files})) for folder in folders]
+    names = [Path(target_file).stem, *interferer_files]
+    folders = track_folders(root, split, [target_file, *interferer_files])
+    return [Track(folder.name, dict(zip(names, files))) for folder, files in folders]
 
 
 def index_trackfolder_var(root, split, target_file="vocals.wav", ext=".wav", silence_missing=False):
@@ -230,49 +237,46 @@ def index_trackfolder_var(root, split, target_file="vocals.wav", ext=".wav", sil
     root/valid/<track>/...
     With `silence_missing` a track without the target file counts as one whose target is silent.
     """
-    required = [] if silence_missing else [target_file]
     tracks = []
-    for folder in track_folders(root, split, target_file, *required):
-        files = sorted(path.name for path in folder.glob(f"*{ext}"))
-        if files:
-            tracks.append(Track(folder.name, index_files(folder, {Path(file).stem: file for file in files})))
+    for folder, _ in track_folders(root, split, [] if silence_missing else [target_file]):
+        files = [path for path in visible(folder) if path.name == target_file or path.name.endswith(ext)]
+        names = [Path(target_file).stem if path.name == target_file else path.name for path in files]
+        tracks += [Track(folder.name, dict(zip(names, map(Audio.index, files))))] * bool(files)
     if not tracks:
         raise UserError(f"{root}/{split}: no track folder has a file *{ext}; see --ext")
     return tracks
 
 
-def track_folders(root, split, expected, *required):
-    """The sorted track folders of root/split; each must hold the `required` files (patterns such as *.wav may be used)."""
-    folder = Path(root, split)
-    tracks = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    tracks = [track for track in tracks if not track.name.startswith(".")]
-    if not any(all(any(track.glob(name)) for name in required) for track in tracks):
-        raise UserError(f"{folder}: no track folder with {expected} in it (expected {folder}/<track>/...){found_in(root)}")
-    for track in tracks:
-        for name in required:
-            if not any(track.glob(name)):
-                raise UserError(f"{track}: lacks {name}; add it or remove the track")
-    return tracks
+def track_folders(root, split, names):
+    """The track folders of root/split and their files `names` (patterns such as *vocals.wav may be used): [(path, [Audio])]."""
+    root = Path(root, split)
+    folders = {folder: [find_file(folder, name) for name in names] for folder in visible(root) if folder.is_dir()}
+    if not any(all(paths) for paths in folders.values()):
+        wanted = " with " * bool(names) + " and ".join(names)
+        raise UserError(f"{root}: no track folder{wanted} in it (expected {root}/<track>/...); {found_in(root)}")
+    for folder, paths in folders.items():
+        if not all(paths):
+            raise UserError(f"{folder}: lacks {names[paths.index(None)]}; add it or remove the track")
+    return [(folder, [Audio.index(path) for path in paths]) for folder, paths in folders.items()]
+
+
+def visible(folder):
+    """What a folder holds, sorted, without hidden files (macOS leaves ._vocals.wav beside vocals.wav)."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
+def find_file(folder, name):
+    if (folder / name).is_file():
+        return folder / name
+    return next((path for path in visible(folder) if fnmatch(path.name, name)), None)
 
 
 def found_in(folder):
-    """What a folder holds, for error messages."""
-    if not Path(folder).is_dir():
-        return f"; {folder} is not a folder"
-    names = sorted(path.name for path in Path(folder).iterdir())
-    return f"; {folder} holds {', '.join(names[:4]) + (' ...' if len(names) > 4 else '') or 'nothing'}"
-
-
-def one_file(folder, pattern):
-    return sorted(folder.glob(pattern))[0]
-
-
-def index_files(folder, files):
-    """{source name: file name or pattern} -> {source name: Audio}"""
-    for file in files.values():
-        if not any(folder.glob(file)):
-            raise UserError(f"{folder}: lacks {file}; add it or remove the track")
-    return {name: Audio.index(one_file(folder, file)) for name, file in files.items()}
+    """What a folder, or the nearest one above that exists, holds: for error messages."""
+    while not folder.is_dir():
+        folder = folder.parent
+    names = [path.name for path in visible(folder)]
+    return f"{folder} holds {', '.join(names[:4]) + ' ...' * (len(names) > 4) or 'nothing'}"
 
 
 # ---------------------------------------------------------------------------------------------- MUSDB18
@@ -289,80 +293,59 @@ def find_data(root=None, dataset="musdb", is_wav=False, cache=None):
     """The folder of a dataset in musdb's WAV layout, made where that is needed.
 
     Without `root`: the folder in MUSDB_PATH, or musdb's 7-second sample, downloaded where missing, or, where that
-    can't be had, synthesized songs. MUSDB18's stems are decoded to WAV once.
+    can't be had, synthesized songs. MUSDB18's stems are decoded to WAV once, into `cache` or <root>-wav.
     """
-    home = Path.home() / "MUSDB18"
+    home, flag = Path.home() / "MUSDB18", "--root"
     if dataset == "synthetic":
-        return make_synthetic(Path(root or home / SYNTHETIC))
-    if root is None:
-        root = os.environ.get("MUSDB_PATH")
+        return make_synthetic(Path(root or home / SYNTHETIC).expanduser())
+    if root is None and "MUSDB_PATH" in os.environ:
+        root, flag = os.environ["MUSDB_PATH"], "MUSDB_PATH"
     if root is None:
         root = home / "MUSDB18-7"
-        if not (root / "train").is_dir():
-            try:
-                download_sample(musdb_settings()["sample-url"], root)
-            except UserError as error:
-                print(f"MUSDB18's 7-second sample can't be had ({error}). Synthesized songs are used instead.")
-                return make_synthetic(home / SYNTHETIC)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with FileLock(home / ".lock"):
+                if not (root / "train").is_dir():
+                    download_sample(musdb_settings()["sample-url"], root)
+        except (UserError, OSError) as error:
+            print(f"MUSDB18's 7-second sample can't be had ({error}). Synthesized songs are used instead.")
+            return make_synthetic(home / SYNTHETIC)
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --root names one that holds train/ and test/")
-    if is_wav or not any(root.glob("*/*.stem.mp4")):
+        raise UserError(f"{root}: no such folder; {flag} names one that holds train/ and test/")
+    if is_wav or not stem_files(root):
         return root
-    return decode_stems(root, Path(cache).expanduser() if cache else root.with_name(root.name + "-wav"))
+    return decode_stems(root, Path(cache or f"{root.resolve()}-wav").expanduser())
+
+
+def stem_files(root):
+    return [path for subset in ("train", "test") for path in visible(root / subset) if path.name.endswith(".stem.mp4")]
 
 
 def download_sample(url, folder):
     """Fetch MUSDB18's sample (a zip of train/*.stem.mp4 and test/*.stem.mp4) into `folder`, whole or not at all."""
-    folder = Path(folder)
-    archive, unpacked = folder.with_name(f".{folder.name}.zip"), folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    try:
-        download(url, archive)
-        with zipfile.ZipFile(archive) as content:
-            for name in content.namelist():
-                if not Path(unpacked, name).resolve().is_relative_to(unpacked.resolve()):
-                    raise UserError(f"{url}: the archive holds {name!r}, a path that leads out of it; fetch the data by hand")
-            content.extractall(unpacked)
-        if not any(unpacked.glob("train/*.stem.mp4")):
-            raise UserError(f"{url}: the archive holds no train/*.stem.mp4; fetch the data by hand")
-        os.replace(unpacked, folder)
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, zlib.error) as error:
-        raise UserError(f"{url}: could not be unpacked to {folder} ({error})") from error
-    finally:
-        archive.unlink(missing_ok=True)
-        shutil.rmtree(unpacked, ignore_errors=True)
+    by_hand = f"fetch it by hand and unpack it to {folder}"
+    with new_folder(folder) as unpacked:
+        archive = unpacked / f"{folder.name}.zip"
+        download(url, archive, by_hand=by_hand)
+        try:
+            with zipfile.ZipFile(archive) as content:
+                for name in content.namelist():
+                    if not Path(unpacked, name).resolve().is_relative_to(unpacked.resolve()):
+                        raise UserError(f"{url}: the archive holds {name!r}, a path that leads out of it; {by_hand}")
+                content.extractall(unpacked)
+        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{url}: could not be unpacked ({error}); {by_hand}") from error
+        archive.unlink()
+        if not stem_files(unpacked):
+            raise UserError(f"{url}: the archive holds no train/*.stem.mp4; {by_hand}")
 
 
 def decode_stems(root, destination):
-    """Decode MUSDB18's .stem.mp4 files to 16-bit WAV in musdb's WAV layout, sample for sample what musdb decodes.
-
-    Tracks are decoded in parallel, each beside its place and then renamed; those that are there already are kept.
-    Raises UserError for too little space, a folder that can't be written, a file that can't be decoded.
-    """
+    """Decode MUSDB18's .stem.mp4 files to 16-bit WAV in musdb's WAV layout, sample for sample what musdb decodes."""
     use_ffmpeg()
-    root, destination = Path(root), Path(destination)
-    jobs = []  # (stem file, folder to make)
-    for stem in sorted(root.glob("*/*.stem.mp4")):
-        folder = destination / stem.parent.name / stem.name.removesuffix(".stem.mp4")
-        if not folder.is_dir():
-            jobs.append((stem, folder))
-    if not jobs:
-        return destination
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{destination}: cannot be made ({error.strerror}); name another folder with --cache") from error
-    if not os.access(destination, os.W_OK):
-        raise UserError(f"{destination}: cannot be written to; name another folder with --cache")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        needed = sum(pool.map(lambda job: decoded_bytes(job[0]), jobs)) / 1e9
-        free = shutil.disk_usage(destination).free / 1e9
-        print(f"{len(jobs)} tracks of {root} are decoded to {destination} once: {needed:.2f} GB")
-        if free < needed:
-            raise UserError(f"{destination}: {needed:.2f} GB needed, {free:.2f} GB free; name another folder with --cache")
-        for _ in tqdm(pool.map(lambda job: decode_stem(*job), jobs), total=len(jobs), desc="decoding", unit="track"):
-            pass
+    tracks = {destination / path.parent.name / path.name.removesuffix(".stem.mp4"): path for path in stem_files(root)}
+    make_tracks(tracks, decode_stem, decoded_bytes, destination, "name another folder with --cache")
     return destination
 
 
@@ -379,18 +362,53 @@ def decoded_bytes(stem):
 
 def decode_stem(stem, folder):
     """Decode one stem file: streams mixture, drums, bass, other, vocals."""
+    with new_folder(folder) as unfinished:
+        command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", f"file:{stem}"]
+        for stream, name in enumerate(("mixture", "drums", "bass", "other", "vocals")):
+            command += ["-map", f"0:{stream}", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav", f"file:{unfinished / name}.wav"]
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode or done.stderr:
+            reason = done.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
+            raise UserError(f"{stem}: cannot be decoded ({reason[-1]}); replace it")
+
+
+def make_tracks(tracks, make, size, root, remedy):
+    """Make the missing ones of some track folders in `root`, in parallel; those that are there are kept.
+
+    Args:
+        tracks: {folder: what it is made from}. make: function (what it is made from, folder). size: function of what it
+            is made from that returns the folder's size in bytes.
+        root: folder of the dataset. remedy: what to do where it cannot be written, for UserError.
+    """
+    missing = {folder: item for folder, item in tracks.items() if not folder.is_dir()}
+    if not missing:
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            needed, free = sum(pool.map(size, missing.values())) / 1e9, shutil.disk_usage(root).free / 1e9
+            print(f"{len(missing)} tracks are made in {root} once: {needed:.2f} GB")
+            if free < needed:
+                raise UserError(f"{root}: {needed:.2f} GB needed, {free:.2f} GB free; {remedy}")
+            with FileLock(root / ".lock"):  # of processes started side by side one makes what is missing, the others wait
+                missing = {folder: item for folder, item in missing.items() if not folder.is_dir()}
+                for _ in tqdm(pool.map(make, missing.values(), missing), total=len(missing), desc=root.name, unit="track"):
+                    pass
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"{root}: cannot be written to ({error}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a folder beside `folder` to fill, renamed at the end: one that was killed half-way is never taken for whole."""
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", f"file:{stem}"]
-    for stream, name in enumerate(("mixture", "drums", "bass", "other", "vocals")):
-        command += ["-map", f"0:{stream}", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav", f"file:{unfinished / name}.wav"]
-    done = subprocess.run(command, capture_output=True)
-    if done.returncode:
-        shutil.rmtree(unfinished)
-        reason = done.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
-        raise UserError(f"{stem}: cannot be decoded ({reason[-1]})")
-    os.replace(unfinished, folder)
+    try:
+        yield unfinished
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- synthesized songs
@@ -403,38 +421,28 @@ def make_synthetic(root, seconds=30.0, songs=SONGS):
     """Synthesized songs in musdb's WAV layout, made once and kept; the test part also holds one real song.
 
     That one is the excerpt of MUSDB18 that the package stempeg ships: a score on real music always stands beside those
-    on synthesized songs. A folder with other songs in it is left as it is.
+    on synthesized songs. Raises UserError for a folder with other songs in it.
     """
-    root = Path(root).expanduser()
-    jobs = []
-    for seed, (subset, number) in enumerate((subset, n) for subset in songs for n in range(songs[subset])):
-        folder = root / subset / f"Synthesized - Song {number + 1:02d}"
-        if not folder.is_dir():
-            jobs.append((folder, seed, seconds))
-    if jobs:
-        print(f"{len(jobs)} songs of {seconds:.0f} s are synthesized into {root} once")
-        with ProcessPoolExecutor() as pool:
-            for _ in tqdm(pool.map(make_song, *zip(*jobs)), total=len(jobs), desc="synthesizing", unit="song"):
-                pass
-    package = Path(importlib.util.find_spec("stempeg").origin).parent
-    for stem in (package / "data").glob("*.stem.mp4"):
-        folder = root / "test" / stem.name.removesuffix(".stem.mp4")
-        if not folder.is_dir():
-            use_ffmpeg()
-            decode_stem(stem, folder)
+    foreign = [path for path in visible(root / "train") if not path.name.startswith("Synthesized")]
+    if foreign:
+        raise UserError(f"{foreign[0]}: is no synthesized song; name another folder with --root")
+    use_ffmpeg()
+    numbers = [(subset, number) for subset in songs for number in range(1, songs[subset] + 1)]
+    seeds = {root / subset / f"Synthesized - Song {number:02d}": seed for seed, (subset, number) in enumerate(numbers)}
+    stems = (Path(importlib.util.find_spec("stempeg").origin).parent / "data").glob("*.stem.mp4")
+    excerpt = {root / "test" / stem.name.removesuffix(".stem.mp4"): stem for stem in stems}
+    remedy = "name another folder with --root"
+    make_tracks(seeds, functools.partial(make_song, seconds), lambda seed: 20 * 44100 * seconds, root, remedy)
+    make_tracks(excerpt, decode_stem, decoded_bytes, root, remedy)
     return root
 
 
-def make_song(folder, seed, seconds):
+def make_song(seconds, seed, folder):
     """Synthesize one song into a track folder of 16-bit WAV files; the mixture is the sum of the others to the bit."""
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    sources = {name: np.round(audio * 32767).astype(np.int16) for name, audio in synthesize_song(seed, seconds).items()}
-    for name, audio in {"mixture": sum(sources.values()), **sources}.items():
-        soundfile.write(unfinished / f"{name}.wav", audio, 44100, subtype="PCM_16")
-    os.replace(unfinished, folder)
-
+    with new_folder(folder) as unfinished:
+        sources = {name: np.round(audio * 32767).astype(np.int16) for name, audio in synthesize_song(seed, seconds).items()}
+        for name, audio in {"mixture": sum(sources.values()), **sources}.items():
+            soundfile.write(unfinished / f"{name}.wav", audio, 44100, subtype="PCM_16")
 
 SCALES = np.array([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)])  # major and minor, in semitones above the key note
 PROGRESSIONS = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), (1, 4, 0, 5))  # a degree a bar
@@ -619,7 +627,7 @@ class RandomMixes(torch.utils.data.Dataset):
             track), "own" (the target's track, at the same time), "aligned" (as "own", but the input is the track's
             mixture file, not a sum).
 
-    Item: (mixture, target), (C, N) float32 tensors each.
+    Item: (mixture, target), (C, N) float32 tensors each; the target "all" has C channels for each source.
     """
 
     def __init__(
@@ -627,7 +635,8 @@ class RandomMixes(torch.utils.data.Dataset):
     ):
         self.sample_rate, self.nb_channels, self.length = sample_rate, nb_channels, round(seq_dur * sample_rate)
         self.samples_per_track, self.seed, self.augmentations, self.mix = samples_per_track, seed, augmentations, mix
-        self.wanted = target_sources(target, tracks)
+        self.parts = target_sources(target, tracks)
+        self.wanted = [name for part in self.parts for name in part]
         names = sorted({name for track in tracks for name in track.sources})
         self.pools = {name: [track for track in tracks if name in track.sources] for name in names}
         self.tracks = self.pools[self.wanted[0]] if mix == "tracks" else tracks
@@ -637,38 +646,40 @@ class RandomMixes(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, index))
-        mixture, target = [], []
+        mixture, target = both = np.zeros((2, self.nb_channels, self.length), np.float32)
         for name, audio, start in self.draw(self.tracks[index % len(self) // self.samples_per_track], rng):
-            audio = read_as(audio, start, self.length, self.sample_rate, self.nb_channels)
+            excerpt = read_as(audio, start, self.length, self.sample_rate, self.nb_channels)
             for augment in self.augmentations:
-                audio = augment(audio, rng)
-            mixture += [audio] * (self.mix != "aligned" or name == "mixture")
-            target += [audio] * (name in self.wanted)
-        shape = (self.nb_channels, self.length)
-        return add_up(mixture, shape), add_up(target, shape)
+                excerpt = augment(excerpt, rng)
+            if self.mix != "aligned" or name == "mixture":
+                mixture += excerpt
+            if name in self.wanted:
+                target += excerpt
+        return torch.from_numpy(both).unbind()
 
     def draw(self, track, rng):
         """Choose the excerpts of an example: yields (source name, Audio, first sample)."""
-        start = self.position(track, rng)
-        if self.mix == "aligned":
-            yield "mixture", track.mixture, start
+        if self.mix == "tracks":
+            for name, pool in self.pools.items():
+                chosen = track if name == self.wanted[0] else pool[rng.integers(len(pool))]
+                yield name, chosen.sources[name], self.position([chosen.sources[name]], rng)
+            return
+        start = self.position(track.input, rng)
         other, other_start = track, start
         if self.mix == "track":
             other = self.tracks[rng.integers(len(self.tracks))]
-            other_start = self.position(other, rng)
-        for name, pool in self.pools.items():
-            if name == self.wanted[0]:
-                chosen, chosen_start = track, start
-            elif self.mix == "tracks":
-                chosen = pool[rng.integers(len(pool))]
-                chosen_start = self.position(chosen, rng)
-            else:
-                chosen, chosen_start = other, other_start
-            if name in chosen.sources:
-                yield name, chosen.sources[name], chosen_start
+            other_start = self.position(other.input, rng)
+        if self.mix == "aligned":
+            yield "mixture", track.mixture, start
+        for name, audio in track.sources.items():
+            if name in self.wanted:
+                yield name, audio, start
+        for name, audio in other.sources.items():
+            if name not in self.wanted:
+                yield name, audio, other_start
 
-    def position(self, track, rng):
-        return int(rng.integers(max(1, track.length(self.sample_rate) - self.length + 1)))
+    def position(self, audios, rng):
+        return int(rng.integers(max(1, length_at(self.sample_rate, audios) - self.length + 1)))
 
 
 class WholeTracks(torch.utils.data.Dataset):
@@ -679,74 +690,68 @@ class WholeTracks(torch.utils.data.Dataset):
 
     def __init__(self, tracks, target, sample_rate, nb_channels=2):
         self.tracks, self.sample_rate, self.nb_channels = tracks, sample_rate, nb_channels
-        self.wanted = target_sources(target, tracks)
+        self.parts = target_sources(target, tracks)
 
     def __len__(self):
         return len(self.tracks)
 
     def __getitem__(self, index):
         track = self.tracks[index]
-        length = track.length(self.sample_rate)
-        read = functools.partial(read_as, start=0, length=length, rate=self.sample_rate, channels=self.nb_channels)
-        mixture = [track.mixture] if track.mixture else track.sources.values()
+        length = length_at(self.sample_rate, track.input)
+        both = np.zeros((2, self.nb_channels, length), np.float32)
         target = [audio for name, audio in track.sources.items() if name in self.wanted]
-        return tuple(add_up(map(read, sources), (self.nb_channels, length)) for sources in (mixture, target))
+        for total, audios in zip(both, (track.input, target)):
+            for audio in audios:
+                total += read_as(audio, 0, length, self.sample_rate, self.nb_channels)
+        return torch.from_numpy(both).unbind()
 
 
-def add_up(sources, shape):
-    """The sum of arrays (C, N), or silence of that shape where there are none, as a float32 tensor."""
-    total = functools.reduce(np.add, sources, np.float32(0))
-    return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(total, shape), dtype=np.float32))
+LAYOUTS = {  # name: indexer, the flags that it takes
+    "aligned": (index_aligned, ("input_file", "output_file")),
+    "sourcefolder": (index_sourcefolder, ("target_dir", "interferer_dirs", "ext")),
+    "trackfolder_fix": (index_trackfolder_fix, ("target_file", "interferer_files")),
+    "trackfolder_var": (index_trackfolder_var, ("target_file", "ext", "silence_missing")),
+}
 
 
-def index_dataset(args):
+def index_dataset(args, say=print):
     """Index what train.py's flags name: (training tracks, validation tracks, sample rate in Hz, RandomMixes' `mix`)."""
-    if args.dataset in ("musdb", "synthetic"):
-        root = find_data(args.root, args.dataset, args.is_wav, args.cache)
-        index, mix = functools.partial(index_musdb, root), "tracks"
-    else:
+    if args.dataset in LAYOUTS:
         if args.root is None:
             raise UserError(f"--dataset {args.dataset} needs --root, the folder that holds train/ and valid/")
-        if args.dataset == "aligned":
-            layout, mix = dict(input_file=args.input_file, output_file=args.output_file), "aligned"
-        elif args.dataset == "sourcefolder":
-            layout, mix = dict(target_dir=args.target_dir, interferer_dirs=args.interferer_dirs, ext=args.ext), "tracks"
-        elif args.dataset == "trackfolder_fix":
-            layout = dict(target_file=args.target_file, interferer_files=args.interferer_files)
-            mix = "tracks" if args.random_track_mix else "own"
-        else:
-            layout = dict(target_file=args.target_file, ext=args.ext, silence_missing=args.silence_missing)
-            mix = "track" if args.random_interferer_mix else "own"
-        index = functools.partial(LAYOUTS[args.dataset], Path(args.root).expanduser(), **layout)
+        indexer, flags = LAYOUTS[args.dataset]
+        index = functools.partial(indexer, Path(args.root).expanduser(), **{flag: getattr(args, flag) for flag in flags})
+    else:
+        index = functools.partial(index_musdb, find_data(args.root, args.dataset, args.is_wav, args.cache))
+    mix = {
+        "aligned": "aligned",
+        "trackfolder_fix": "tracks" if args.random_track_mix else "own",
+        "trackfolder_var": "track" if args.random_interferer_mix else "own",
+    }.get(args.dataset, "tracks")
     train_tracks, valid_tracks = index("train"), index("valid")
-    rates = collections.Counter(audio.rate for track in train_tracks + valid_tracks for audio in track.audios)
-    sample_rate = rates.most_common(1)[0][0]
-    if len(rates) > 1:
+    files = {audio for track in train_tracks + valid_tracks for audio in (*track.input, *track.sources.values())}
+    rates = collections.Counter(audio.rate for audio in files)
+    sample_rate = args.sample_rate or rates.most_common(1)[0][0]
+    if set(rates) != {sample_rate}:
         others = ", ".join(f"{rate} Hz" for rate in sorted(rates) if rate != sample_rate)
-        print(f"some files are not in {sample_rate} Hz ({others}) and are resampled whenever they are read: convert them for speed")
+        say(f"some files are not in {sample_rate} Hz ({others}) and are resampled whenever they are read: convert them for speed")
     return train_tracks, valid_tracks, sample_rate, mix
-
-
-LAYOUTS = {
-    "aligned": index_aligned,
-    "sourcefolder": index_sourcefolder,
-    "trackfolder_fix": index_trackfolder_fix,
-    "trackfolder_var": index_trackfolder_var,
-}
 
 
 def load_datasets(args, target, tracks):
     """The datasets of one target: (training examples, validation, what the input statistics are taken from).
 
     `tracks` is what index_dataset returned. Where sources are no songs (sourcefolder), validation and statistics use
-    fixed mixes without augmentation.
+    some hundred fixed mixes without augmentation.
     """
     train_tracks, valid_tracks, sample_rate, mix = tracks
     settings = dict(target=target, sample_rate=sample_rate, nb_channels=args.nb_channels)
     drawn = dict(seq_dur=args.seq_dur, seed=args.seed, mix=mix)
     augmentations = [] if mix == "aligned" else [AUGMENTATIONS[name] for name in args.source_augmentations]
     train = RandomMixes(train_tracks, **settings, **drawn, samples_per_track=args.samples_per_track, augmentations=augmentations)
-    if args.dataset == "sourcefolder":
-        few = math.ceil(100 / len(train.tracks))
-        return train, *(RandomMixes(t, **settings, **drawn, samples_per_track=few) for t in (valid_tracks, train_tracks))
-    return train, WholeTracks(valid_tracks, **settings), WholeTracks(train_tracks, **settings)
+    if args.dataset != "sourcefolder":
+        return train, WholeTracks(valid_tracks, **settings), WholeTracks(train_tracks, **settings)
+    fixed = [RandomMixes(part, **settings, **drawn, samples_per_track=1) for part in (valid_tracks, train_tracks)]
+    for mixes in fixed:
+        mixes.samples_per_track = math.ceil(100 / len(mixes))
+    return train, *fixed

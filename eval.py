@@ -1,36 +1,52 @@
 """Score separation on the test tracks of MUSDB18, or of any dataset in its shape.
 
     python eval.py                                         open-unmix/ (or umxl) beside the mixture, on the data train.py uses
-    python eval.py --root MUSDB18 --model umxhq --method model mixture irm mwf    a model between its floor and ceilings
+    python eval.py --root MUSDB18 --model umxhq --method model share irm mwf      a model between its floor and ceilings
     python eval.py --root MUSDB18 --estimates STEMS        stems that any program made: STEMS/test/<track>/<target>.wav
     python eval.py --root MUSDB18 --compare UMX UMXHQ      other methods' museval scores beside ours
     torchrun --nproc_per_node=4 eval.py --root MUSDB18     the tracks shared out over processes (or machines)
 
-museval's numbers (BSS Eval v4): frames of one second; medians over frames, then over tracks.
+museval's numbers (BSS Eval v4): frames of one second; medians over frames, then over tracks. To score vocals alone:
+
+    python eval.py --aggregate '{"vocals": ["vocals"], "accompaniment": ["drums", "bass", "other"]}'
+
+It still estimates all four targets, because the Wiener filter tells vocals from what it knows of the others. --targets vocals
+estimates nothing else and is faster, but the published models' vocals fall from 6.3 to 5.5 dB.
 """
 
 import math
 import multiprocessing
 import os
+import signal
 import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
+import torch.distributed as dist
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import irfft, next_fast_len, rfft
+from scipy.linalg import toeplitz
 from tqdm import tqdm
 
-from data import SOURCES, find_data, index_musdb, read_as
-from model import aggregation, expectation_maximization, istft, separator_from_flags, stft, sum_targets
-from utils import Parser, UserError, add_separation_flags, atomic_write, figure, import_musdb, load, number, process_rank
-from utils import read_audio, report, resample, run, save, save_figure
+from data import find_data, index_musdb, read_as
+from model import BLOCK, aggregation, expectation_maximization, istft, separator_from_flags, stft, sum_targets
+from utils import SOURCES, Parser, UserError, add_separation_flags, atomic_write, figure, import_musdb, load, number
+from utils import process_rank, read_audio, report, resample, run, save, save_figure
 
-METRICS = ("SDR", "ISR", "SIR", "SAR")
-TARGETS = ("vocals", "drums", "bass", "other", "accompaniment")  # museval's order
-METHODS = ("model", "mixture", "ibm", "irm", "irm2", "mwf")
+METRICS = ("SDR", "ISR", "SIR", "SAR")  # museval's, of each frame
+DELAYS = 512  # samples, 0 to 511, by which BSS Eval may shift a reference: L below
+WHOLE = ("uSDR", "SI-SDR")  # of the whole track
+TARGETS = (*SOURCES, "accompaniment")  # museval's order
+METHODS = ("model", "mixture", "share", "ibm", "irm", "irm2", "mwf")
+MODEL_FLAGS = ("model", "targets", "niter", "wiener_win_len", "wiener", "softmask", "residual", "amp")
 
 
 def parse_args(arguments):
@@ -42,16 +58,12 @@ def parse_args(arguments):
     add("--cache", help="folder for the WAV files decoded from stems (default: <root>-wav)")
     add("--subset", choices=["test", "train"], default="test", help="which tracks to score")
     add = parser.add_argument_group("what is scored").add_argument
-    add(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=["model", "mixture"],
-        help="the model; the floor: the mixture itself as every estimate; ceilings that know the true stems: ideal binary mask,"
-        " ideal ratio mask of magnitudes (irm) and powers (irm2), multichannel Wiener filter",
-    )
+    methods = "the model; floors: the mixture as every estimate, or an equal share of it (SiSEC 2018's MIX: a quarter for"
+    methods += " each source); ceilings that know the true stems: ideal binary mask, ideal ratio mask of magnitudes (irm) and"
+    methods += " of powers (irm2), multichannel Wiener filter; none: only what --compare names"
+    add("--method", nargs="+", choices=[*METHODS, "none"], default=["model", "mixture"], help=methods)
     add("--estimates", metavar="DIR", help="score these stems instead of a model's: DIR/<subset>/<track>/<target>.wav")
-    add("--engine", choices=["own", "museval"], default="own", help="who computes BSS Eval: the same numbers, museval is slower")
+    add("--engine", choices=["own", "museval"], default="own", help="who computes BSS Eval; museval: the same, slowly")
     add("--workers", type=number(int, 1, 256), default=1, help="processes that score while the next track is separated")
     add = parser.add_argument_group("output").add_argument
     add("--evaldir", help="folder for museval's JSON of each track: <evaldir>/<subset>/<track>.json (default: scores/<model>)")
@@ -59,17 +71,24 @@ def parse_args(arguments):
     add("--compare", nargs="+", metavar="DIR", help="folders of museval JSON to put beside: tables, box plots, significance")
     add("--csv", metavar="FILE", help="also write every frame's scores")
     add_separation_flags(parser)
-    args = parser.parse_args(arguments)
+    args, given = parser.parse_args(arguments), parser.given(arguments)
+    args.model = args.model or ("open-unmix" if Path("open-unmix").is_dir() else "umxl")
+    args.evaldir = Path(args.evaldir or Path("scores", Path(args.estimates or args.model).name))
+    args.method = [method for method in dict.fromkeys(args.method) if method != "none"]
     if args.estimates:
-        args.method = ["estimates"] + [method for method in args.method if method not in ("model", "estimates")]
-    name = Path(args.estimates or args.model or ("open-unmix" if Path("open-unmix").is_dir() else "umxl")).name
-    args.evaldir = Path(args.evaldir or Path("scores", name))
+        args.method = ["estimates"] + [method for method in args.method if method != "model"]
+    unused = given & {*MODEL_FLAGS, "outdir"} - {"model", "targets"}  # those two name the default folder and the stems
+    if unused and "model" not in args.method:
+        raise UserError(f"--{min(unused).replace('_', '-')}: is for --method model, which is not scored here; leave it out")
+    if not args.method and not args.compare:
+        raise UserError("--method none: leaves nothing to do without --compare")
     return args
 
 
 # ---------------------------------------------------------------------------------------------- BSS Eval v4
 
-def bss_eval(references, estimates, window=44100, hop=44100, filter_length=512):
+
+def bss_eval(references, estimates, window=44100):
     """Scores separated stems frame by frame with BSS Eval v4, the metrics of SiSEC 2018 and MUSDB18.
 
     An estimate is split into `true + spatial + interference + artifacts`. Two least-squares projections, computed once
@@ -77,140 +96,118 @@ def bss_eval(references, estimates, window=44100, hop=44100, filter_length=512):
     references (`true + spatial + interference`). Scores are ratios of the energies of these parts in each frame.
 
     Args:
-        references: true stems, float array (J, C, N).
-        estimates: separated stems, float array (J, C, N), in the same order.
+        references, estimates: true and separated stems in the same order, float arrays (J, C, N).
         window: length of a frame, in samples. A shorter song is one frame; a last, incomplete frame is dropped.
-        hop: samples from one frame to the next.
-        filter_length: number of delays, 0 to filter_length - 1 samples, that a projection may use.
-
     Returns:
         dict of four float64 arrays (J, frames), in dB: "SDR" distortion (all errors), "ISR" spatial distortion, "SIR"
         interference, "SAR" artifacts. +inf where there is no error; NaN for every source in frames where any reference
         or estimate is silent.
-
     Raises:
-        ValueError: the shapes differ, or a reference or an estimate is silent throughout.
+        numpy.linalg.LinAlgError: no stable projection was found, as when samples are NaN.
 
-    Source: Stöter, Liutkus and Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018; Vincent, Gribonval
-    and Févotte, "Performance measurement in blind audio source separation", IEEE TASLP 14(4), 2006. The numbers are
-    those of `museval.metrics.bss_eval`, several times faster: one factorization serves all targets, and energies are
-    summed in the frequency domain.
+    Stöter, Liutkus, Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018; Vincent, Gribonval, Févotte,
+    "Performance measurement in blind audio source separation", IEEE TASLP 14(4), 2006. The numbers are museval's, many
+    times faster: one factorization serves all targets, and energies are summed in the frequency domain.
     """
-    references, estimates = np.asarray(references), np.asarray(estimates)
-    if references.ndim != 3 or references.shape != estimates.shape:
-        raise ValueError(f"references {references.shape} and estimates {estimates.shape} must be of one shape (J, C, N)")
-    for name, stems in [("reference", references), ("estimate", estimates)]:
-        if _silent(stems).any():
-            raise ValueError(f"{name} {_silent(stems).argmax()} is silent throughout: BSS Eval is undefined")
-
-    J, C, N = references.shape
+    J, _, N = references.shape
     window = min(window, N)
-    nb_frames = (N - window) // hop + 1
-    n_fft = 2 * next_fast_len((window + filter_length) // 2, real=True)  # holds a filtered frame with its tail
+    n_fft = 2 * next_fast_len((window + DELAYS) // 2, real=True)  # holds a filtered frame with its tail
     # Parseval: rfft leaves out the mirrored half of the spectrum, so all bins but the first and the last count twice.
     # With this scale, an energy is a plain sum over bins.
     scale = np.full(n_fft // 2 + 1, np.sqrt(2 / n_fft))
     scale[[0, -1]] = np.sqrt(1 / n_fft)
+    own_filters, leak_filters = (rfft(filters, n_fft) for filters in distortion_filters(references, estimates))
 
-    own_filters, leak_filters = _distortion_filters(references, estimates, filter_length)
-    own_filters = rfft(own_filters, n_fft, workers=-1)  # (J, C, C, F)
-    leak_filters = rfft(leak_filters, n_fft, workers=-1)  # (J, C, J, C, F)
-
-    def frames(stems, first, count):  # (J, C, count, window), a view
-        return sliding_window_view(stems[..., first * hop :], window, axis=-1)[..., ::hop, :][..., :count, :]
-
-    scores = {metric: np.full((J, nb_frames), np.nan) for metric in ("SDR", "ISR", "SIR", "SAR")}
-    batch = max(1, 2**19 // n_fft)  # frames at a time: 11 of a second, some 200 MB in all for four stereo stems
-    for first in range(0, nb_frames, batch):
-        reference_frames, estimate_frames = frames(references, first, batch), frames(estimates, first, batch)
-        heard = ~(_silent(reference_frames) | _silent(estimate_frames)).any(axis=0)  # (frames,)
-        if not heard.any():
+    scores = {metric: np.full((J, N // window), np.nan) for metric in METRICS}
+    for t in range(N // window):
+        frames = [stems[..., t * window : (t + 1) * window] for stems in (references, estimates)]
+        if any(silent(stems).any() for stems in frames):
             continue
-        at = first + np.flatnonzero(heard)
-        true, estimate = (
-            rfft(stems[:, :, heard].astype(float, copy=False), n_fft, workers=-1) * scale  # (J, C, frames, F)
-            for stems in (reference_frames, estimate_frames)
-        )
+        true, estimate = (rfft(stems.astype(float), n_fft) * scale for stems in frames)  # (J, C, F)
         for j in range(J):
-            own = np.einsum("dcf,ctf->dtf", own_filters[j], true[j])  # true + spatial
-            interference = np.einsum("dkcf,kctf->dtf", leak_filters[j], true)
+            own = np.einsum("dcf,cf->df", own_filters[j], true[j])  # true + spatial
+            interference = np.einsum("dkcf,kcf->df", leak_filters[j], true)
             explained = own + interference
-            scores["SDR"][j, at] = _ratio_db(true[j], estimate[j] - true[j])
-            scores["ISR"][j, at] = _ratio_db(true[j], own - true[j])
-            scores["SIR"][j, at] = _ratio_db(own, interference)
-            scores["SAR"][j, at] = _ratio_db(explained, estimate[j] - explained)
+            scores["SDR"][j, t] = ratio_db(true[j], estimate[j] - true[j])
+            scores["ISR"][j, t] = ratio_db(true[j], own - true[j])
+            scores["SIR"][j, t] = ratio_db(own, interference)
+            scores["SAR"][j, t] = ratio_db(explained, estimate[j] - explained)
     return scores
 
 
-def _silent(stems):
-    # museval's definition, kept so that the same frames are NaN: zero after the channels are summed.
-    return (stems.sum(axis=1) == 0).all(axis=-1)  # (J, C, ..., N) -> (J, ...)
+def silent(stems):
+    """museval's definition, kept so that the same frames are NaN: zero after the channels are summed."""
+    return (stems.sum(axis=1) == 0).all(axis=-1)  # (J, C, N) -> (J,)
 
 
-def _ratio_db(signal, error):
-    signal, error = [(x.real**2 + x.imag**2).sum(axis=(0, -1)) for x in (signal, error)]  # (C, T, F) -> (T,)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(error == 0, np.inf, 10 * np.log10(signal / error))
+def ratio_db(signal, error):
+    signal, error = np.vdot(signal, signal).real, np.vdot(error, error).real
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(signal / error) if error else np.inf
 
 
-def _distortion_filters(references, estimates, filter_length):
-    """Filters (J, C, C, L) that map each reference to its projection (output channel first), and filters (J, C, J, C, L)
-    that map all references to the interference: what projecting on all of them adds."""
-    J, C, N = references.shape
-    correlations = _correlations(references.reshape(J * C, N), estimates.reshape(J * C, N), filter_length)
-    auto, cross = np.split(correlations, 2, axis=1)  # (J*C, J*C, L) each
-    leak_filters = _project(auto, cross).reshape(J, C, J, C, filter_length)
-    own_filters = np.empty((J, C, C, filter_length))
+def distortion_filters(references, estimates):
+    """Least-squares filters on the whole song, output channel before input channel: (J, C, C, L) that project each
+    estimate on its own reference, and (J, C, J, C, L) for the interference: what projecting on all references adds."""
+    J, C, _ = references.shape
+    auto, cross = np.split(correlate(references, estimates), 2, axis=1)  # (J * C, J * C, L) each
+    leak_filters = project(auto, cross).reshape(J, C, J, C, DELAYS)
+    own_filters = np.empty((J, C, C, DELAYS))
     for j in range(J):
         own = slice(j * C, (j + 1) * C)
-        own_filters[j] = _project(auto[own, own], cross[own, own])
+        own_filters[j] = project(auto[own, own], cross[own, own])
         leak_filters[j, :, j] -= own_filters[j]
     return own_filters, leak_filters
 
 
-def _correlations(references, estimates, filter_length):
-    """Correlates P reference channels with themselves and with the estimates, lags 0 to L - 1: (P, 2 * P, L)."""
-    P, N = references.shape
-    n_fft = next_fast_len(16 * filter_length, real=True)
-    step = n_fft - filter_length + 1
+def correlate(references, estimates):
+    """Correlates the P = J * C reference channels with themselves and with the estimates, at lags 0 to L - 1, the
+    second signal being the later one: (P, 2 * P, L)."""
+    J, C, N = references.shape
+    n_fft = next_fast_len(16 * DELAYS, real=True)
+    step = n_fft - DELAYS + 1
     span = 16 * step  # 16 blocks of `step` samples at a time: memory does not grow with the song
     spectrum = 0
     for start in range(0, N, span):
-        piece = slice(start, start + span + filter_length - 1)
-        signals = np.concatenate([references[:, piece], estimates[:, piece]]).astype(float, copy=False)
-        signals = np.pad(signals, [(0, 0), (0, span + filter_length - 1 - signals.shape[1])])
+        piece = slice(start, start + span + DELAYS - 1)
+        signals = np.concatenate([references[..., piece], estimates[..., piece]]).reshape(2 * J * C, -1).astype(float)
+        signals = np.pad(signals, [(0, 0), (0, span + DELAYS - 1 - signals.shape[1])])
         blocks = sliding_window_view(signals, n_fft, axis=-1)[:, ::step].T  # (n_fft, 16, 2 * P), overlapping
-        undelayed = rfft(blocks[:step, :, :P], n_fft, axis=0, workers=-1)  # (F, 16, P), without the overlap
-        delayed = rfft(blocks, axis=0, workers=-1)  # (F, 16, 2 * P)
+        undelayed = rfft(blocks[:step, :, : J * C], n_fft, axis=0)  # (F, 16, P), without the overlap
+        delayed = rfft(blocks, axis=0)  # (F, 16, 2 * P)
         spectrum = spectrum + undelayed.conj().swapaxes(1, 2) @ delayed  # (F, P, 2 * P)
-    return irfft(spectrum, n_fft, axis=0, workers=-1)[:filter_length].transpose(1, 2, 0)
+    return irfft(spectrum, n_fft, axis=0)[:DELAYS].transpose(1, 2, 0)
 
 
-def _project(auto, cross):
+def project(auto, cross):
     """Least-squares filters (Q, P, L) from P channels to Q, given correlations (P, P, L) and (P, Q, L)."""
     P, Q, L = cross.shape
-    # Negative lags of one pair are positive lags of the swapped pair. Windows of the two-sided sequence, read
-    # backwards, are the rows of a Toeplitz block.
-    two_sided = np.concatenate([auto.swapaxes(0, 1)[..., :0:-1], auto], axis=-1)  # (P, P, 2 * L - 1)
-    gram = sliding_window_view(two_sided, L, axis=-1)[..., ::-1].swapaxes(1, 2).reshape(P * L, P * L)
+    # sum over n of x_p[n - l] x_q[n - m] depends on l - m only; for l < m it is the correlation of the swapped pair
+    gram = np.block([[toeplitz(auto[p, q], auto[q, p]) for q in range(P)] for p in range(P)])  # (P * L, P * L)
     right_side = cross.swapaxes(1, 2).reshape(P * L, Q)
-    gram.flat[:: P * L + 1] += np.finfo(float).eps  # as museval: a silent channel gets filters of zero
-    try:
-        filters = np.linalg.solve(gram, right_side)
-    except np.linalg.LinAlgError:
-        # Exactly dependent references, such as a mono stem in stereo: many filters give the one projection. museval
-        # calls lstsq, minutes of SVD; a diagonal at lstsq's own cut-off picks as small a solution.
-        gram.flat[:: P * L + 1] += P * L * np.finfo(float).eps * gram.max()
-        filters = np.linalg.solve(gram, right_side)
-    return filters.T.reshape(Q, P, L)
+    # museval loads the diagonal with eps: a silent channel gets filters of zero. Beside the energy of a song that is
+    # lost, and exactly dependent references, such as a mono stem in stereo, need a few units in the last place.
+    for loading in (0, 4, 64, 1024):
+        gram.flat[:: P * L + 1] += np.finfo(float).eps * max(1, loading * gram.max())
+        try:
+            filters = np.linalg.solve(gram, right_side)
+        except np.linalg.LinAlgError:
+            continue
+        if np.abs(gram @ filters - right_side).max() <= 1e-9 * np.abs(right_side).max():
+            return filters.T.reshape(Q, P, L)
+    raise np.linalg.LinAlgError("BSS Eval found no stable projection: are all samples finite?")
 
 
 def whole_track_scores(reference, estimate):
-    """One number for all samples and channels, in dB: uSDR as in the MDX and SDX challenges, and SI-SDR; for (C, N)."""
-    reference, estimate = reference.astype(np.float64).ravel(), estimate.astype(np.float64).ravel()
+    """One number for all samples and channels of (C, N), in dB.
+
+    uSDR as in the MDX and SDX challenges (Mitsufuji et al., Music Demixing Challenge 2021), and SI-SDR (Le Roux et al.,
+    SDR - half-baked or well done?, ICASSP 2019), with one scale for all channels.
+    """
+    reference, estimate = reference.astype(float).ravel(), estimate.astype(float).ravel()
     energy = reference @ reference
     usdr = 10 * math.log10((energy + 1e-7) / (np.sum((reference - estimate) ** 2) + 1e-7))
-    scaled = reference * (estimate @ reference / energy) if energy else reference  # Le Roux et al., SDR: half-baked or well done?
+    scaled = reference * (estimate @ reference / max(energy, 1e-20))
     error = np.sum((estimate - scaled) ** 2)
     si_sdr = 10 * math.log10(scaled @ scaled / error) if error and scaled.any() else math.nan
     return {"uSDR": round(usdr, 5), "SI-SDR": round(si_sdr, 5)}
@@ -219,119 +216,163 @@ def whole_track_scores(reference, estimate):
 # ---------------------------------------------------------------------------------------------- one track
 
 
-def read_references(track, names):
-    """The true stems {name: (C, N) float32} of the names to score; any other name is what no scored source holds."""
-    rate, length = track.mixture.rate, track.mixture.length
-    sources = {name: read_as(audio, 0, length, rate, track.mixture.channels) for name, audio in track.sources.items()}
-    rest = {"accompaniment": [name for name in sources if name != "vocals"], "residual": [n for n in sources if n not in names]}
-    references = {}
-    for name in names:
-        parts = [name] if name in sources else rest.get(name)
-        if not parts:
-            raise UserError(f"--targets: the data has no {name!r} to compare with; it has {', '.join(sources)}, accompaniment")
-        references[name] = sum(sources[part] for part in parts)
-    return references
+def in_order(names):
+    """Targets in museval's order, then any others."""
+    return sorted(names, key=lambda name: TARGETS.index(name) if name in TARGETS else len(TARGETS))
 
 
-def score_track(track, estimates, engine, settings):
-    """Scores of one track's estimates {name: (C, N)}, as museval's JSON; see museval.eval_mus_track for what is grouped.
+def score(references, estimates, rate, engine="own"):
+    """Scores estimates {name: (C, N)} against references {name: (C, N)}: the "targets" of museval's JSON.
 
-    Vocals and accompaniment are scored as a pair, all other targets against each other. Beyond museval's keys the
-    result holds the settings and each target's whole-track scores.
+    As in museval.eval_mus_track, all targets but the accompaniment are scored against each other, then vocals and
+    accompaniment as a pair. Beyond its keys, each target has its scores of the whole track. A reference that is silent
+    throughout, which BSS Eval is not defined for, is left out.
     """
-    names = sorted(estimates, key=lambda name: TARGETS.index(name) if name in TARGETS else 9)
-    references = read_references(track, names)
-    pair = {"vocals", "accompaniment"} <= set(names)
-    groups = [[name for name in names if not (pair and name == "accompaniment")]]
-    if pair:
-        groups = [group for group in groups if len(group) > 1] + [["vocals", "accompaniment"]]
-    scores = {}
-    for group in groups:
-        scores.update(bss_scores(np.stack([references[n] for n in group]), np.stack([estimates[n] for n in group]), group, track, engine))
-    targets = []
-    for name in sorted(scores, key=lambda name: (pair and name in groups[-1], names.index(name))):
-        rows = [{metric: float(np.round(scores[name][metric][t], 5)) for metric in METRICS} for t in range(len(scores[name]["SDR"]))]
-        rows = [{metric: value if math.isfinite(value) else math.nan for metric, value in row.items()} for row in rows]
-        frames = [{"time": float(second), "duration": 1.0, "metrics": row} for second, row in enumerate(rows)]
-        targets.append({"name": name, "frames": frames, "whole_track": whole_track_scores(references[name], estimates[name])})
-    return {"targets": targets, "museval_version": "0.4.1", "settings": settings}
+    names = [name for name in references if not silent(references[name][None])[0]]
+    both = {"vocals", "accompaniment"} <= references.keys()
+    pair = [name for name in names if both and name in ("vocals", "accompaniment")]
+    others = [name for name in names if name not in pair or name == "vocals"]
+    targets = {}
+    for group in (others if others != pair[:1] else [], pair):
+        if group:
+            stacks = [np.stack([stems[name] for name in group]) for stems in (references, estimates)]
+            scores = museval_scores(*stacks, rate) if engine == "museval" else bss_eval(*stacks, rate)
+            scores = {metric: np.where(np.isfinite(x), np.round(x, 5), np.nan) for metric, x in scores.items()}
+        for j, name in enumerate(group):
+            seconds = enumerate(zip(*(scores[metric][j].tolist() for metric in METRICS)))
+            frames = [{"time": float(t), "duration": 1.0, "metrics": dict(zip(METRICS, values))} for t, values in seconds]
+            whole = whole_track_scores(references[name], estimates[name])
+            targets.pop(name, None)  # of the vocals' two scores the pair's counts, and comes last
+            targets[name] = {"name": name, "frames": frames, "whole_track": whole}
+    return list(targets.values())
 
 
-def bss_scores(references, estimates, group, track, engine):
-    """{name: {metric: scores of each frame}} by our BSS Eval or museval's."""
-    rate = track.mixture.rate
-    try:
-        if engine == "museval":
-            import_musdb()
-            import museval
+def museval_scores(references, estimates, window):
+    """`bss_eval` by museval itself."""
+    import_musdb()  # for the ffmpeg that museval asks for
+    import museval
 
-            values = museval.evaluate(references.transpose(0, 2, 1), estimates.transpose(0, 2, 1), win=rate, hop=rate)
-            scores = dict(zip(("SDR", "ISR", "SIR", "SAR"), values))
-        else:
-            scores = bss_eval(references, estimates, rate, rate)
-    except ValueError:
-        silent = [f"{kind} {group[j]}" for kind, x in (("reference", references), ("estimate", estimates)) for j in range(len(group)) if not x[j].any()]
-        if not silent:
-            raise
-        raise UserError(f"{track.name}: {silent[0]} is silent throughout: BSS Eval is undefined, the track is left out") from None
-    return {name: {metric: scores[metric][j] for metric in METRICS} for j, name in enumerate(group)}
+    if not hasattr(np.linalg, "linalg"):  # museval looks there for LinAlgError; numpy 2.4 has it no more
+        np.linalg.linalg = np.linalg
+    return dict(zip(METRICS, museval.evaluate(references.swapaxes(1, 2), estimates.swapaxes(1, 2), win=window, hop=window)))
+
+
+def score_track(method, track, stems, args, settings, estimates=None):
+    """Score a track and write museval's JSON; `estimates` are the model's. Runs in a process of its own.
+
+    Returns a set of notes for the user.
+    """
+    shape = dict(start=0, length=track.mixture.length, rate=track.mixture.rate, channels=track.mixture.channels)
+    sources = {name: read_as(audio, **shape) for name, audio in track.sources.items()}
+    references = {name: sum(sources[source] for source in stems[name]) for name in stems}
+    if method == "estimates":
+        estimates = read_estimates(args, track)
+    elif method != "model":
+        estimates = oracle(method, read_as(track.mixture, **shape), sources, stems)
+    left_out = [name for name in stems if silent(references[name][None])[0]]
+    for name in stems:
+        if not np.isfinite([references[name].sum(), estimates[name].sum()]).all():
+            raise UserError(f"{track.name}: {name} has NaN or infinite samples; repair or export it again")
+        if silent(estimates[name][None])[0] and name not in left_out:
+            raise UserError(f"{track.name}: the estimate of {name} is silent throughout: BSS Eval is not defined for it")
+    for name in estimates if method == "model" and args.outdir else []:
+        with atomic_write(stem_folder(args, track) / f"{name}.wav") as temporary:
+            soundfile.write(temporary, estimates[name].T, track.mixture.rate, subtype="FLOAT", format="WAV")
+    targets = score(references, estimates, track.mixture.rate, args.engine)
+    content = {"targets": targets, "museval_version": "0.4.1", "settings": settings, "outdir": args.outdir}
+    save(content, score_path(args, method, track))
+    return {f"{track.name}: {name} is silent throughout: BSS Eval is not defined for it, it has no score" for name in left_out}
 
 
 # ---------------------------------------------------------------------------------------------- estimates
 
 
 def separate(separator, track, args):
-    """The model's estimates of a track: {stem name: (C, N)}."""
+    """The model's estimates of a track: {stem: (C, N)}."""
     audio = track.mixture
     x = torch.from_numpy(np.ascontiguousarray(audio.read(0, audio.length)))
     x = resample(x, audio.rate, separator.sample_rate)
     estimates = torch.cat([block.float().cpu() for block in separator.stream([x])], dim=-1)
-    estimates = resample(estimates, separator.sample_rate, audio.rate)[..., : audio.length]
+    estimates = resample(estimates, separator.sample_rate, audio.rate)[..., : audio.length]  # (J, C, N)
     return {name: stem.numpy() for name, stem in sum_targets(estimates, separator, args).items()}
 
 
-def read_estimates(folder, subset, track, names):
-    """Stems that another program made, in musdb's layout of estimates."""
-    folder, estimates = Path(folder, subset, track.name), {}
-    names = names or [path.stem for path in sorted(folder.glob("*.wav")) if path.stem in TARGETS]
-    if not names:
-        raise UserError(f"{folder}: no stems there (expected {folder}/vocals.wav and so on)")
-    for name in names:
-        path = folder / f"{name}.wav"
-        audio, rate = read_audio(path)
-        if (rate, audio.shape[1]) != (track.mixture.rate, track.mixture.length):
-            longer = audio.shape[1] - track.mixture.length
-            raise UserError(f"{path}: has {rate} Hz and {longer:+d} samples against the track's {track.mixture.rate} Hz; export it again")
-        estimates[name] = audio.expand(track.mixture.channels, -1).numpy()
+def given_targets(args, tracks):
+    """The tracks that have a folder of given estimates, and the targets found in any of them."""
+    folder = Path(args.estimates, args.subset)
+    found = [track for track in tracks if (folder / track.name).is_dir()]
+    targets = [name for name in TARGETS if any((folder / track.name / f"{name}.wav").exists() for track in found)]
+    if not targets:
+        raise UserError(f"--estimates: no stems there (expected {folder / tracks[0].name / 'vocals.wav'} and so on)")
+    if len(found) < len(tracks):
+        missing = next(track.name for track in tracks if track not in found)
+        print(f"{folder}: has {len(found)} of {len(tracks)} tracks, and only these are scored; it lacks {missing}")
+    return found, args.targets or targets
+
+
+def read_estimates(args, track):
+    """Stems that any program made, in musdb's layout of estimates, summed as --aggregate asks: {stem: (C, N)}."""
+    rate, channels, length = track.mixture.rate, track.mixture.channels, track.mixture.length
+    estimates = {}
+    for name, parts in args.sums.items():
+        for part in parts:
+            path = Path(args.estimates, args.subset, track.name, f"{part}.wav")
+            audio, its_rate = read_audio(path)
+            longer = audio.shape[1] - length
+            if (its_rate, longer) != (rate, 0) or len(audio) > channels:
+                theirs = f"{its_rate} Hz, {len(audio)} channels and {longer:+d} samples"
+                raise UserError(f"{path}: has {theirs} against the track's {rate} Hz and {channels} channels; export it again")
+            estimates[name] = estimates.get(name, 0) + audio.expand(channels, -1).numpy()
     return estimates
 
 
-def oracle(method, track, names):
-    """What the mixture and the true stems give at best: {name: (C, N)}; "mixture" is the floor.
+def oracle(method, mixture, sources, stems):
+    """What the mixture (C, N) and the true sources {name: (C, N)} give at worst and at best: {stem: (C, N)}.
 
-    As in SiSEC 2018 (sigsep-mus-oracle), with an STFT of 2048 samples, hop 1024:
-        ibm: mask 1 where |S| >= |X| / 2    irm: |S| / sum |S|    irm2: |S|^2 / sum |S|^2
-        mwf: the model's Wiener filter (one EM iteration), started from the true spectra
+    As in SiSEC 2018 (sigsep-mus-oracle), with an STFT of 2048 samples and hop 1024 for masks:
+        mixture: the mixture itself             share: an equal share of it for each source ("MIX" there)
+        ibm: mask 1 where |S| >= |X| / 2        irm: |S| / sum |S|        irm2: |S|^2 / sum |S|^2
+        mwf: the model's Wiener filter, one EM iteration from the true sources' spectra
     """
-    audio = track.mixture
-    mixture = audio.read(0, audio.length)
-    if method == "mixture":
-        return {name: mixture for name in names}
-    x = torch.from_numpy(np.ascontiguousarray(mixture))
-    true = torch.from_numpy(np.stack([*read_references(track, names).values()]))  # (J, C, N)
-    X, S = stft(x, 2048, 1024), stft(true, 2048, 1024)
-    if method == "ibm":
-        Y = X * (S.abs() >= 0.5 * X.abs().clamp_min(1e-10))
-    elif method == "mwf":
-        X, S = X[None].to(torch.complex128), S[None].to(torch.complex128)
-        Y = expectation_maximization(S, X, 1, X.abs().amax((1, 2, 3), keepdim=True))[0].to(torch.complex64)
+    if method in ("mixture", "share"):
+        return {name: mixture * np.float32(1 if method == "mixture" else len(stems[name]) / len(sources)) for name in stems}
+
+    def spectrum(audio):
+        return stft(torch.from_numpy(np.ascontiguousarray(audio)), 2048, 1024)  # (C, F, T)
+
+    def power(source):
+        return spectrum(source).abs() ** (2 if method == "irm2" else 1)
+
+    X = spectrum(mixture)
+    if method == "mwf":
+        S = torch.stack([spectrum(source) for source in sources.values()])  # (J, C, F, T)
+        level = X.abs().amax().view(1, 1, 1, 1)
+        blocks = zip(S.split(BLOCK, dim=-2), X.split(BLOCK, dim=-2))  # bins are independent: a few at a time, to save memory
+        Y = [expectation_maximization(s[None].cdouble(), x[None].cdouble(), 1, level)[0].cfloat() for s, x in blocks]
+        Y = torch.cat(Y, dim=-2)
+    elif method == "ibm":
+        Y = (X * (2 * spectrum(source).abs() >= X.abs()) for source in sources.values())
     else:
-        power = S.abs() ** (2 if method == "irm2" else 1)
-        Y = X * power / power.sum(0).clamp_min(1e-10)
-    return {name: y.numpy() for name, y in zip(names, istft(Y, audio.length, 2048, 1024))}
+        total = sum(power(source) for source in sources.values()).clamp_min(1e-20)
+        Y = (X * (power(source) / total) for source in sources.values())
+    estimates = {name: istft(y, mixture.shape[1], 2048, 1024).numpy() for name, y in zip(sources, Y)}
+    return {name: sum(estimates[source] for source in stems[name]) for name in stems}
 
 
 # ---------------------------------------------------------------------------------------------- all tracks
+
+
+def scored_stems(targets, args):
+    """{stem: the data's sources that make up its reference} for what --aggregate makes of the targets, in museval's order."""
+    known = {args.residual or "residual": [source for source in SOURCES if source not in targets]}
+    known.update({source: [source] for source in SOURCES}, accompaniment=[s for s in SOURCES if s != "vocals"])
+    stems = {}
+    for name, parts in aggregation(targets, args).items():
+        for target in parts:
+            if target not in known:
+                raise UserError(f"{target}: the data has no such source to compare with; it has {', '.join(TARGETS)}")
+        stems[name] = [source for target in parts for source in known[target]]
+    return {name: stems[name] for name in in_order(stems) if stems[name]}  # what four sources leave has no reference
 
 
 def score_path(args, method, track):
@@ -340,196 +381,232 @@ def score_path(args, method, track):
     return folder / args.subset / f"{track.name}.json"
 
 
-def load_scores(path):
-    """A museval JSON, or None where there is none that can be read (it is made again then)."""
-    try:
-        scores = load(path)
-        return scores if isinstance(scores["targets"], list) else None
-    except UserError as error:
-        if path.exists():
-            print(f"{error} by scoring the track again")
-        return None
+def stem_folder(args, track):
+    return Path(args.outdir, args.subset, track.name)
 
 
-def evaluate(tracks, args, separator):
-    """Score this process's share of the tracks with every method; what is scored already is not done again."""
-    names = list(aggregation(separator, args)) if separator else args.targets
-    pool = None
-    if args.workers > 1:  # each with one thread, whatever the libraries; spawned, so that threads are no concern
-        os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        pool = ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
-    rank, _, world = process_rank()
-    pending, failed = {}, []
-
-    def collect(futures):
-        for future in futures:
-            path = pending.pop(future)
-            try:
-                save(future.result(), path)
-            except UserError as error:
-                report(error)
-                failed.append(path)
-
-    try:
-        for track in tqdm(tracks[rank::world], desc="tracks", unit="track", disable=rank > 0):
-            track_names = names or [*read_estimates(args.estimates, args.subset, track, None)] if args.estimates else names or SOURCES
-            for method in args.method:
-                path, settings = score_path(args, method, track), describe(args, method, track_names)
-                known = load_scores(path)
-                if known and known.get("settings") == settings:
-                    continue
-                if method == "model":
-                    estimates = separate(separator, track, args)
-                    if args.outdir:
-                        keep_stems(estimates, Path(args.outdir, args.subset, track.name), track.mixture.rate)
-                elif method == "estimates":
-                    estimates = read_estimates(args.estimates, args.subset, track, track_names)
-                else:
-                    estimates = oracle(method, track, track_names)
-                job = (track, estimates, args.engine, settings)
-                pending[pool.submit(score_track, *job) if pool else in_process(*job)] = path
-                while len(pending) > (args.workers if pool else 0):
-                    collect(wait(pending, return_when=FIRST_COMPLETED).done)
-        while pending:
-            collect(wait(pending, return_when=FIRST_COMPLETED).done)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    return failed
-
-
-def in_process(*job):
-    """`score_track` at once, as a finished future."""
-    future = Future()
-    try:
-        future.set_result(score_track(*job))
-    except UserError as error:
-        future.set_exception(error)
-    return future
-
-
-def describe(args, method, names):
-    """What a track's scores depend on, kept in its JSON."""
-    settings = {"method": method, "names": list(names)}
+def describe(args, method, track, stems):
+    """What a track's scores depend on; kept in its JSON."""
+    settings, files = {"method": method, "stems": stems, "engine": args.engine}, [track.mixture.path]
+    files += [audio.path for audio in track.sources.values()]
     if method == "estimates":
-        settings["estimates"] = str(args.estimates)
+        settings["sums"] = args.sums
+        files += sorted(Path(args.estimates, args.subset, track.name).glob("*.wav"))
     if method == "model":
-        flags = ("model", "niter", "wiener_win_len", "wiener", "softmask", "residual", "aggregate", "amp")
-        settings.update({flag: getattr(args, flag) for flag in flags})
-        folder = Path(args.model or "open-unmix")
-        settings["weights"] = {path.name: path.stat().st_mtime for path in sorted(folder.glob("*.pth"))}
+        settings.update({flag: getattr(args, flag) for flag in MODEL_FLAGS})
+        files += sorted(Path(args.model).glob("*.pth"))
+    settings["files"] = {str(path): [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files}
     return settings
 
 
-def keep_stems(estimates, folder, rate):
-    """Write estimates in musdb's layout."""
-    import soundfile
-
-    for name, stem in estimates.items():
-        with atomic_write(folder / f"{name}.wav") as temporary:
-            soundfile.write(temporary, stem.T, rate, subtype="FLOAT", format="WAV")
-
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def score_table(paths, method):
-    """Scores of JSON files as a table with columns method, track, target, metric, time, score."""
-    rows = []
-    for path in paths:
-        for target in (load_scores(path) or {"targets": []})["targets"]:
-            for metric, value in target.get("whole_track", {}).items():
-                rows.append((method, path.stem, target["name"], metric, 0.0, value))
-            for frame in target["frames"]:
-                rows += [(method, path.stem, target["name"], metric, frame["time"], frame["metrics"][metric]) for metric in METRICS]
-    return pd.DataFrame(rows, columns=["method", "track", "target", "metric", "time", "score"]).astype({"score": float})
+def is_scored(args, method, track, settings):
+    """Whether a track has a JSON for the same settings, and its stems where they are to be kept."""
+    path = score_path(args, method, track)
+    try:
+        scores = load(path) if path.exists() else {"settings": None}
+    except UserError:
+        print(f"{path}: does not parse, the track is scored again", file=sys.stderr)
+        return False
+    if not isinstance(scores, dict) or "settings" not in scores:
+        raise UserError(f"{path}: was not written by eval.py and would be lost; choose another --evaldir")
+    kept = method != "model" or not args.outdir or scores.get("outdir") == args.outdir and stem_folder(args, track).is_dir()
+    return scores["settings"] == settings and kept
 
 
-def show(table):
-    """Print each track's SDR, and for every target and method the medians and means over tracks."""
-    if table.empty:
-        raise UserError("no scores to show: every track failed")
-    tracks = table.groupby(["method", "track", "target", "metric"], sort=False)["score"].median().reset_index()  # NaN frames left out
-    targets = [name for name in (*TARGETS, "residual") if name in set(table["target"])]
-    methods = list(dict.fromkeys(table["method"]))
-    sdr = tracks[tracks["metric"] == "SDR"]
-    if sdr["track"].nunique() <= 50:
-        print("\nSDR of each track in dB, median over frames: " + " | ".join(methods))
-        for track, rows in sdr.groupby("track"):
-            values = [[rows[(rows.target == t) & (rows.method == m)]["score"].sum(min_count=1) for m in methods] for t in targets]
-            print(f"  {track[:40]:40s}" + "   ".join(f"{t} " + " | ".join(f"{v:6.2f}" for v in row) for t, row in zip(targets, values)))
-    print(f"\n{sdr['track'].nunique()} tracks, dB   {'median over frames, then over tracks':^35s}  mean over whole tracks")
-    print(f"{'target':14s} {'method':12s}" + "".join(f"{metric:>8s}" for metric in METRICS) + f"{'uSDR':>10s}{'SI-SDR':>8s}")
-    for target in targets:
-        for method in methods:
-            part = tracks[(tracks["target"] == target) & (tracks["method"] == method)].groupby("metric")["score"]
-            if len(part):
-                values = [part.median().get(metric, math.nan) for metric in METRICS] + [part.mean().get(m, math.nan) for m in ("uSDR", "SI-SDR")]
-                print(f"{target:14s} {method[:12]:12s}" + "".join(f"{v:{8 + 2 * (i == 4)}.2f}" for i, v in enumerate(values)))
+def start_worker():
+    """Runs first in a process that scores: it ends quietly with Ctrl-C, and when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def compare(table, folder):
-    """Box plots of track medians, and a paired significance test of the first method against each other one."""
-    from scipy.stats import wilcoxon
+def evaluate(tracks, stems, args, separator):
+    """Score tracks with every method in other processes, while the next one is separated here.
 
-    table = table[table["metric"].isin(METRICS)]
-    tracks = table.groupby(["method", "track", "target", "metric"], sort=False)["score"].median().reset_index()
-    methods = list(dict.fromkeys(table["method"]))
-    print(f"\nWilcoxon signed-rank test on the tracks' SDR: {methods[0]} against")
-    for target in [name for name in TARGETS if name in set(table["target"])]:
-        sdr = tracks[(tracks["metric"] == "SDR") & (tracks["target"] == target)].pivot(index="track", columns="method", values="score")
-        for other in [m for m in methods[1:] if m in sdr and methods[0] in sdr]:
-            paired = sdr[[methods[0], other]].dropna()
-            difference = paired[methods[0]] - paired[other]
-            if len(paired) < 6:
-                print(f"  {other:16s} {target:14s} {len(paired)} tracks in common: at least 6 are needed")
-                continue
-            p = wilcoxon(difference).pvalue if difference.any() else 1.0
-            print(f"  {other:16s} {target:14s} {difference.median():+6.2f} dB (median), p = {p:.2g}, {len(paired)} tracks")
-        picture, axes = figure(1, len(METRICS), (3 * len(METRICS), 1 + 0.4 * len(methods)))
-        for axis, metric in zip(axes[0], METRICS):
-            part = tracks[(tracks["metric"] == metric) & (tracks["target"] == target)]
-            scores = {m: part[part["method"] == m]["score"].dropna() for m in methods}
-            order = sorted((m for m in methods if len(scores[m])), key=lambda m: scores[m].median())
-            axis.boxplot([scores[m] for m in order], orientation="horizontal", showfliers=False, tick_labels=order)
-            axis.set(title=f"{target} {metric}", xlabel="dB")
-            axis.grid(axis="x", alpha=0.3)
-        save_figure(picture, folder / f"{target}.png")
-    print(f"box plots: {folder}/<target>.png")
+    Returns the (method, track name) pairs that failed.
+    """
+    jobs = [(method, track, stems, args, describe(args, method, track, stems)) for track in tracks for method in args.method]
+    jobs = [job for job in jobs if not is_scored(args, *job[:2], job[-1])]
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker)
+    pending, failed, notes = {}, [], set()
+    bar = tqdm(total=len(jobs), desc="tracks", unit="track", disable=process_rank()[0] > 0)
+
+    def collect(limit):
+        while len(pending) > limit:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                method, track = pending.pop(future)
+                try:
+                    notes.update(future.result())
+                except UserError as error:
+                    with tqdm.external_write_mode(sys.stderr):
+                        report(error)
+                    failed.append((method, track.name))
+                bar.update()
+
+    try:
+        # One thread each, and all scoring in such processes: rounding, and so a score, never depends on how many there are.
+        with mock.patch.dict(os.environ, {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "VECLIB")}):
+            for method, track, *rest in jobs:
+                estimates = separate(separator, track, args) if method == "model" else None
+                pending[pool.submit(score_track, method, track, *rest, estimates)] = method, track
+                collect(args.workers)
+            collect(0)
+    except BrokenProcessPool:
+        raise UserError("a scoring process was killed, perhaps for want of memory; go on with fewer --workers") from None
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        print("\nfinished tracks are kept: the same command goes on with the others", file=sys.stderr)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    for note in sorted(notes):
+        print(note)
+    return failed
 
 
-def main():
-    args = parse_args(sys.argv[1:])
-    rank, _, world = process_rank()
+def gather(items):
+    """Join the lists of all of torchrun's processes, when all have come here."""
+    world = process_rank()[2]
+    if world == 1:
+        return items
+    dist.init_process_group("gloo", timeout=timedelta(days=2))
+    lists = [None] * world
+    dist.all_gather_object(lists, items)
+    dist.destroy_process_group()
+    return sum(lists, [])
+
+
+def score_tracks(args):
+    """Score all tracks, this process its share of them; returns (tracks, the (method, track name) pairs that failed)."""
     root = find_data(args.root, args.dataset, args.is_wav, args.cache)
     splits = ("test",) if args.subset == "test" else ("train", "valid")
     tracks = sorted((track for split in splits for track in index_musdb(root, split)), key=lambda track: track.name)
     separator = separator_from_flags(args) if "model" in args.method else None
-    if world > 1:
-        torch.distributed.init_process_group("gloo")
-    failed = evaluate(tracks, args, separator)
-    if world > 1:
-        torch.distributed.barrier()  # until every process has written its scores
-        torch.distributed.destroy_process_group()
-    if rank > 0:
-        return
-    names = {"model": args.evaldir.name, "estimates": args.evaldir.name}
-    tables = [score_table([score_path(args, m, t) for t in tracks], names.get(m, m)) for m in args.method]
-    for folder in args.compare or []:
-        paths = sorted(Path(folder, args.subset).glob("**/*.json"))
+    targets = separator.targets if separator else args.targets or SOURCES
+    if args.estimates:
+        tracks, targets = given_targets(args, tracks)
+    args.sums = aggregation(targets, args)
+    rank, _, world = process_rank()
+    return tracks, gather(evaluate(tracks[rank::world], scored_stems(targets, args), args, separator))
+
+
+# ---------------------------------------------------------------------------------------------- tables and pictures
+
+
+def score_table(paths, method):
+    """Scores of museval's JSON files as a table: method, track, target, metric, time (NaN: whole track), score."""
+    rows = []
+    for path in paths:
+        scores = load(path)
+        try:
+            for target in scores["targets"]:
+                row = method, path.stem, target["name"]
+                for frame in target["frames"]:
+                    rows += [(*row, metric, frame["time"], frame["metrics"][metric]) for metric in METRICS]
+                rows += [(*row, metric, math.nan, value) for metric, value in target.get("whole_track", {}).items()]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: is not museval's JSON; remove it") from None
+    return pd.DataFrame(rows, columns=["method", "track", "target", "metric", "time", "score"]).astype({"score": float})
+
+
+def medians_of_tracks(table):
+    """Medians over frames, without NaN: rows (track, method, target), columns METRICS and WHOLE, in the table's order."""
+    medians = table.groupby(["track", "method", "target", "metric"], sort=False)["score"].median().unstack()
+    return medians.reindex(columns=[*METRICS, *WHOLE])
+
+
+def show(medians, methods):
+    """Print each track's SDR, then for every target and method the medians and means over tracks."""
+    style = dict(float_format="{:.2f}".format, na_rep="-", index_names=False)
+    targets = in_order(medians.index.unique("target"))
+    sdr = medians["SDR"].unstack("target")[targets]
+    sdr = sdr.reindex(sorted(sdr.index.unique("track")), level="track").reindex(methods, level="method")
+    if len(sdr) <= 100:
+        print(f"\nSDR in dB, median over frames\n{sdr.to_string(**style)}")
+    grouped = medians.groupby(["target", "method"])
+    summary = grouped[[*METRICS]].median().join(grouped[[*WHOLE]].mean()).assign(tracks=grouped["SDR"].count())
+    summary = summary.reindex(targets, level="target").reindex(methods, level="method")
+    print(f"\ndB: median over frames, then over tracks; {' and '.join(WHOLE)} of whole tracks: mean over tracks")
+    print(summary.to_string(**style, sparsify=False))
+
+
+def compare(medians, methods, folder):
+    """Print the paired significance of the first method against each other one, and draw box plots of all."""
+    from scipy.stats import wilcoxon
+
+    first = methods[0]
+    print(f"\nSDR of {first} less that of others on the same tracks: median, Wilcoxon signed-rank test")
+    for target in in_order(medians.index.unique("target")):
+        rows = medians.xs(target, level="target")
+        sdr = rows["SDR"].unstack("method")
+        for other in [method for method in methods[1:] if {first, method} <= set(sdr)]:
+            difference = (sdr[first] - sdr[other]).dropna()
+            result = f"{difference.median():+8.2f} dB" if len(difference) else ""
+            if len(difference) < 6:  # whatever the difference of five tracks, its p is above 0.05
+                result += "   too few tracks in common for a test: 6 are needed, there are"
+            else:
+                result += f"   p = {wilcoxon(difference).pvalue if difference.any() else 1:<8.2g} tracks:"
+            print(f"{target:16}{other:16}{result} {len(difference)}")
+        for metric in METRICS:
+            scores = {method: values.dropna() for method, values in rows[metric].groupby("method") if values.notna().any()}
+            box_plot(scores, first, f"{target}: {metric}", folder / "compare" / f"{target}-{metric}.png")
+    print(f"box plots: {folder / 'compare'}/<target>-<metric>.png")
+
+
+def box_plot(scores, ours, title, path):
+    """Draw {method: scores of the tracks} as horizontal boxes with each track's point, the best median at the top."""
+    scores = dict(sorted(scores.items(), key=lambda item: item[1].median()))
+    picture, axes = figure(1, 1, (8, 1.3 + 0.42 * len(scores)))
+    axis, rng = axes[0, 0], np.random.default_rng(0)
+    boxes = axis.boxplot(scores.values(), orientation="horizontal", widths=0.6, showfliers=False, patch_artist=True)
+    ends = np.concatenate([cap.get_xdata() for cap in boxes["caps"]])
+    for row, (method, values) in enumerate(scores.items(), 1):
+        colour = "tab:red" if method == ours else "tab:gray" if method in METHODS else "tab:blue"
+        boxes["boxes"][row - 1].set(facecolor=colour, alpha=0.4)
+        boxes["medians"][row - 1].set(color="black", linewidth=1.5)
+        points = values.clip(ends.min(), ends.max())
+        axis.scatter(points, row + rng.uniform(-0.2, 0.2, len(points)), s=8, color=colour, zorder=3)
+        axis.annotate(f"{values.median():.2f}", (1.01, row), xycoords=("axes fraction", "data"), va="center")
+    axis.set_yticks(range(1, len(scores) + 1), [f"{method} ({len(values)})" for method, values in scores.items()])
+    axis.set_title(title, loc="left", weight="bold")
+    axis.set_xlabel("dB; a point for each track (median over frames), outliers at the edge")
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    save_figure(picture, path)
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    others = {folder: sorted(Path(folder, args.subset).glob("**/*.json")) for folder in args.compare or []}
+    for folder, paths in others.items():
         if not paths:
             raise UserError(f"--compare {folder}: no museval JSON there (expected {folder}/{args.subset}/<track>.json)")
-        tables.append(score_table(paths, Path(folder).name))
-    table = pd.concat(tables, ignore_index=True)
-    show(table)
+    tracks, failed = score_tracks(args) if args.method else ([], [])
+    if process_rank()[0] > 0:
+        return
+    tables = {}
+    for method in args.method:
+        name = args.evaldir.name or method if method in ("model", "estimates") else method
+        tables[name] = score_table([score_path(args, method, t) for t in tracks if (method, t.name) not in failed], name)
+    for folder, paths in others.items():
+        name = Path(folder).name if Path(folder).name not in tables else folder
+        tables[name] = score_table(paths, name)
+    table = pd.concat(tables.values(), ignore_index=True)
+    if table.empty:
+        raise UserError("there are no scores to show: no track could be scored")
+    medians = medians_of_tracks(table)
+    show(medians, list(tables))
     if args.compare:
-        compare(table, args.evaldir)
+        compare(medians, list(tables), args.evaldir)
     if args.csv:
         with atomic_write(args.csv) as temporary:
             table.to_csv(temporary, index=False)
-    print(f"\nscores of every frame: {args.evaldir}/. Next: hear it (python test.py SONG.wav), or put others beside it (--compare)")
+    if args.method:
+        print(f"\nscores of every frame: {args.evaldir}/. Next: hear it (python test.py SONG.wav), or --compare others")
     if failed:
-        sys.exit(1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

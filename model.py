@@ -80,26 +80,48 @@ def stft_blocks(audio, frames, n_fft=4096, n_hop=1024):
 
 def istft_blocks(spectra, length, n_fft=4096, n_hop=1024):
     """Inverse of `stft_blocks`: spectra (..., F, t) one after the other -> the finished samples (..., n) as they come."""
-    overlap, position, tail = n_fft - n_hop, -(n_fft // 2), None
+    overlap, position, tails = (math.ceil(n_fft / n_hop) - 1) * n_hop, -(n_fft // 2), (0, 0)
     for X in spectra:
         window = torch.hann_window(n_fft, device=X.device, dtype=X.real.dtype)
-        frames = torch.fft.irfft(X.transpose(-1, -2), n=n_fft) * window  # (..., T, n_fft)
-        rows = frames.flatten(0, -3)
-        rows = torch.cat([rows, (window**2).expand(1, *rows.shape[1:])])  # the last row adds up to what to divide by
-        size = overlap + rows.shape[1] * n_hop
-        rows = F.fold(rows.transpose(1, 2), (1, size), (1, n_fft), stride=(1, n_hop))[:, 0, 0]  # (rows, samples)
-        if tail is not None:
-            rows[:, :overlap] += tail
-        done, tail = rows[:, :-overlap], rows[:, -overlap:]
-        skip, position = max(0, -position), position + done.shape[1]
-        done = done[:, skip : done.shape[1] - max(0, position - length)]
-        yield (done[:-1] / done[-1:]).unflatten(0, X.shape[:-2])
+        frames = torch.fft.irfft(X.mT, n=n_fft)  # (..., T, n_fft)
+        sums = overlap_add(frames, window, n_hop), overlap_add(window.expand(X.shape[-1], -1), window, n_hop)
+        for samples, tail in zip(sums, tails):  # the signal, and what to divide it by
+            samples[..., :overlap] += tail
+        tails = [samples[..., X.shape[-1] * n_hop :] for samples in sums]
+        done = slice(max(0, -position), min(length - position, X.shape[-1] * n_hop))
+        yield sums[0][..., done] / sums[1][done]
+        position += X.shape[-1] * n_hop
     if position < length:
-        tail = tail[:, max(0, -position) : length - position]
-        yield (tail[:-1] / tail[-1:]).unflatten(0, X.shape[:-2])
+        done = slice(max(0, -position), length - position)
+        yield tails[0][..., done] / tails[1][done]
+
+
+def overlap_add(frames, window, n_hop):
+    """Sum of windowed frames (..., T, n_fft), each n_hop samples after the one before: (..., N)."""
+    nb_frames, steps = frames.shape[-2], math.ceil(len(window) / n_hop)
+    sums = frames.new_zeros(*frames.shape[:-2], nb_frames + steps - 1, n_hop)
+    for step in range(steps):  # the same part of all frames at a time: no two of them meet
+        part = slice(step * n_hop, (step + 1) * n_hop)
+        sums[..., step : step + nb_frames, : len(window[part])].addcmul_(frames[..., part], window[part])
+    return sums.flatten(-2)  # (..., N)
 
 
 # ---------------------------------------------------------------------------------------------- networks
+
+
+def in_parallel(work, items):
+    """[work(item) for item in items] without gradients, on the CPU's threads.
+
+    Each item gets its share of the threads: one thread in each of many items wastes none on waiting for the others, as
+    several threads within each small operation do.
+    """
+    items, threads = list(items), torch.get_num_threads()
+    workers = min(threads, len(items))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            return list(pool.map(torch.inference_mode()(work), items))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting became that of threads to come
 
 
 def batch_norm(x, bn, weight=None, bias=None):
@@ -180,35 +202,67 @@ class OpenUnmix(nn.Module):
     def forward(self, x):
         """(B, C, F, T) magnitudes of the mixture -> (B, C, F, T) magnitudes of the target.
 
-        Only `context` looks from one frame to another; `encode` and `decode` may run on any block of frames.
+        Only `recur` looks from one frame to another; `encode` and `decode` may run on any block of frames.
         """
-        return self.decode(self.context(self.encode(x)), x)
+        h = self.encode(x)
+        return self.decode(self.join(h, self.recur(h)), x)
 
     def encode(self, x):
         """Crop, standardise, fc1, batch norm, tanh: (B, C, F, T) -> (T, B, H)."""
-        x = x[:, :, : self.max_bin].permute(3, 0, 1, 2)  # (T, B, C, max_bin)
-        # fc1((x + mean) * scale), with scale and mean moved into the weights: no pass over the spectrogram
+        frames = x[:, :, : self.max_bin].permute(3, 0, 1, 2).flatten(0, 1)  # (T * B, C, max_bin)
+        # fc1((x + mean) * scale), with scale and mean moved into the weights: no pass over the spectrogram, no copy of it
         weight = self.fc1.weight.unflatten(1, (self.nb_channels, -1)) * self.input_scale  # (H, C, max_bin)
         bias = (weight * self.input_mean).sum((1, 2))
-        h = F.linear(x.flatten(2).flatten(0, 1), weight.flatten(1), bias)  # (T * B, H)
-        return torch.tanh(batch_norm(h, self.bn1)).unflatten(0, x.shape[:2])  # (T, B, H)
+        h = bias + sum(F.linear(frames[:, c], weight[:, c]) for c in range(self.nb_channels))  # (T * B, H)
+        return torch.tanh(batch_norm(h, self.bn1)).unflatten(0, (x.shape[3], -1))  # (T, B, H)
 
     def recur(self, h):
         """The layer that looks over time: (T, B, H) -> (T, B, H). Another network replaces this one."""
+        if h.device.type == "cpu" and not (self.training or torch.is_grad_enabled()):
+            return lstm_in_blocks(self.lstm, h)
         return self.lstm(h)[0]
 
-    def context(self, h):
-        """BLSTM, skip connection, fc2, batch norm, ReLU: (T, B, H) -> (T, B, H)."""
-        h = torch.cat([h, self.recur(h)], dim=-1)  # (T, B, 2H)
-        return F.relu(batch_norm(self.fc2(h.flatten(0, 1)), self.bn2)).unflatten(0, h.shape[:2])
+    def join(self, h, context):
+        """Skip connection, fc2, batch norm, ReLU: what `encode` and `recur` gave, (T, B, H) each -> (T, B, H)."""
+        h = self.fc2(torch.cat([h, context], dim=-1)).flatten(0, 1)  # (T * B, H)
+        return F.relu(batch_norm(h, self.bn2)).unflatten(0, context.shape[:2])
 
     def decode(self, h, x):
-        """fc3, batch norm, output scale and mean, mask, times the mixture: (T, B, H), (B, C, F, T) -> (B, C, F, T)."""
-        scale, mean = self.output_scale.repeat(self.nb_channels), self.output_mean.repeat(self.nb_channels)  # (C * F,)
+        """fc3, batch norm, output scale and mean, mask, times the mixture: (T, B, H), (B, C, F, T) -> (B, C, F, T).
+
+        A network whose fc3 and bn3 are J times as wide masks J sources: (B, J * C, F, T).
+        """
+        masks = self.fc3.out_features // self.nb_bins  # J * C
+        scale, mean = self.output_scale.repeat(masks), self.output_mean.repeat(masks)
         # batch_norm(y) * scale + mean, with both moved into the layer's own weight and bias
         y = batch_norm(self.fc3(h.flatten(0, 1)), self.bn3, self.bn3.weight * scale, self.bn3.bias * scale + mean)
-        y = y.view(len(h), -1, self.nb_channels, self.nb_bins).permute(1, 2, 3, 0)  # (B, C, F, T)
-        return (torch.sigmoid(y) if self.mask == "sigmoid" else F.relu(y)) * x
+        mask = y.sigmoid_() if self.mask == "sigmoid" else y.relu_()  # in place: spectrograms are what fills the memory
+        mask = mask.view(len(h), len(x), -1, self.nb_channels, self.nb_bins).permute(1, 2, 3, 4, 0)  # (B, J, C, F, T)
+        return (mask * x[:, None]).flatten(1, 2)
+
+
+def lstm_in_blocks(lstm, h, block=1024):
+    """The output of nn.LSTM for h (T, B, H), on a CPU and without gradients: the same numbers in much less memory.
+
+    nn.LSTM takes room for the gates of all frames, and computes its directions one after the other. Here they run side
+    by side, and each hands its state from block to block of frames.
+    """
+    directions = 1 + lstm.bidirectional
+    for layer in range(lstm.num_layers):
+        output = h.new_empty(*h.shape[:2], directions * lstm.hidden_size)
+
+        def run(direction):
+            weights = [weight.to(h.dtype) for weight in lstm.all_weights[layer * directions + direction]]
+            state = [h.new_zeros(1, h.shape[1], lstm.hidden_size)] * 2
+            own, starts = output.chunk(directions, -1)[direction], range(0, len(h), block)
+            for start in reversed(starts) if direction else starts:  # the second direction runs backwards in time
+                part = slice(start, start + block)
+                y, *state = torch.lstm(h[part].flip(0) if direction else h[part], state, weights, True, 1, 0.0, False, False, False)
+                own[part] = y.flip(0) if direction else y
+
+        in_parallel(run, range(directions))
+        h = output
+    return h
 
 
 class ConvUnmix(OpenUnmix):
@@ -278,17 +332,11 @@ def wiener(magnitudes, mixture, niter=1, softmask=False, eps=EPS):
     batch, bins = len(magnitudes), magnitudes.shape[3]
     estimates = mixture.new_empty(magnitudes.mT.shape).mT  # (B, J, C, F, T)
 
-    @torch.inference_mode()
     def work(block):
         b, f = block
         estimates[b, :, :, f] = separate(magnitudes[b, :, :, f], mixture[b, :, f], level[b])
 
-    threads = torch.get_num_threads()
-    try:  # a worker computes alone: threads within its small operations would cost more than they bring
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, [(slice(b, b + 1), slice(f, f + BLOCK)) for b in range(batch) for f in range(0, bins, BLOCK)]))
-    finally:
-        torch.set_num_threads(threads)
+    in_parallel(work, [(slice(b, b + 1), slice(f, f + BLOCK)) for b in range(batch) for f in range(0, bins, BLOCK)])
     return estimates
 
 
@@ -381,7 +429,8 @@ class Separator(nn.Module):
     ):
         super().__init__()
         self.target_models = nn.ModuleDict(target_models)
-        self.targets = [*target_models] + ["residual"] * residual
+        self.targets = [source for name, network in target_models.items() for source in getattr(network, "sources", [name])]
+        self.targets += ["residual"] * residual
         self.niter, self.softmask, self.residual, self.wiener_win_len = niter, softmask, residual, wiener_win_len
         self.sample_rate, self.n_fft, self.n_hop = sample_rate, n_fft, n_hop
         self.nb_channels = next(iter(target_models.values())).nb_channels
@@ -393,7 +442,7 @@ class Separator(nn.Module):
         x = audio.expand(-1, max(audio.shape[1], self.nb_channels), -1)  # (B, C, N)
         X = stft(x, self.n_fft, self.n_hop)
         magnitude = self.magnitude(X)
-        V = torch.stack([network(magnitude) for network in self.target_models.values()], dim=1)  # (B, J, C, F, T)
+        V = self.stack(network(magnitude) for network in self.target_models.values())
         size = self.wiener_win_len or X.shape[-1]
         Y = torch.cat([self.filter(v, x) for v, x in zip(V.split(size, -1), X.split(size, -1))], dim=-1)
         return istft(Y, audio.shape[-1], self.n_fft, self.n_hop)[:, :, : audio.shape[1]]
@@ -401,6 +450,10 @@ class Separator(nn.Module):
     def magnitude(self, X):
         """What the networks see: |X|, averaged over channels where they were trained on one."""
         return X.abs().mean(1, keepdim=True) if self.nb_channels == 1 else X.abs()
+
+    def stack(self, magnitudes):
+        """What the networks estimate, (B, C, F, T) each, or (B, K * C, F, T) of K sources: (B, J, C, F, T)."""
+        return torch.cat([v.unflatten(1, (-1, self.nb_channels)) for v in magnitudes], dim=1)
 
     def filter(self, V, X):
         """One window: the networks' magnitudes V (B, J, C, F, T), mixture X (B, C, F, T) -> spectra (B, J, C, F, T)."""
@@ -412,7 +465,7 @@ class Separator(nn.Module):
         return self.wiener(V, X, self.niter if V.shape[1] > 1 else 0)
 
     @torch.inference_mode()
-    def stream(self, audio, block=1024, progress=lambda samples: None):
+    def stream(self, audio, block=300):
         """Separate a recording of any length: the same estimates as `forward`, block by block.
 
         Only (T, H) per target stays in memory: the first pass over the audio runs STFT and fc1 on blocks of frames;
@@ -421,7 +474,6 @@ class Separator(nn.Module):
         Args:
             audio: iterable over blocks (C, n) of one waveform; it is iterated over twice.
             block: frames at a time in the first pass.
-            progress: called with the number of samples that each step of the second pass has finished.
         Yields:
             blocks (J, C, n) that join to the estimates.
         """
@@ -435,30 +487,44 @@ class Separator(nn.Module):
                 channels, length = x.shape[0], length + x.shape[1]
                 yield x.to(device, non_blocking=True).expand(max(channels, self.nb_channels), -1)[None]
 
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.amp)
-        hidden = {target: [] for target in self.target_models}
+        def for_each_target(work):
+            def run(target):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+                    return work(target, self.target_models[target])
+
+            return in_parallel(run, self.target_models) if device.type == "cpu" else [run(target) for target in self.target_models]
+
+        hidden, position = {}, 0  # {target: (T, B, H)}
         for X in stft_blocks(blocks(), block, self.n_fft, self.n_hop):
-            magnitude = self.magnitude(X)
-            with autocast:
-                for target, network in self.target_models.items():
-                    hidden[target].append(network.encode(magnitude))  # (T, B, H)
-        with autocast:
-            for target, network in self.target_models.items():
-                hidden[target] = network.context(torch.cat(hidden[target]))
+            magnitude, part = self.magnitude(X), slice(position, position + X.shape[-1])
+            position = part.stop
+
+            def encode(target, network):
+                h = network.encode(magnitude)
+                if len(hidden.setdefault(target, h.new_empty(0))) < position:
+                    hidden[target].resize_(2 * position, *h.shape[1:])
+                hidden[target][part] = h
+
+            for_each_target(encode)
+
+        def look_around(target, network):
+            h = hidden[target] = hidden[target][:position]
+            context = network.recur(h)
+            for part, around in zip(h.split(block), context.split(block)):
+                part.copy_(network.join(part, around))
+
+        for_each_target(look_around)
 
         def spectra(position=0):
             window = self.wiener_win_len or math.ceil(length / self.n_hop) + 1
             for X in stft_blocks(blocks(), window, self.n_fft, self.n_hop):
-                part = slice(position, position + X.shape[-1])
+                magnitude, part = self.magnitude(X), slice(position, position + X.shape[-1])
                 position = part.stop
-                magnitude = self.magnitude(X)
-                with autocast:
-                    V = [network.decode(hidden[target][part], magnitude) for target, network in self.target_models.items()]
-                yield self.filter(torch.stack(V, dim=1).float(), X)  # (B, J, C, F, T)
+                V = for_each_target(lambda target, network: network.decode(hidden[target][part], magnitude))
+                yield self.filter(self.stack(V).float(), X)  # (B, J, C, F, T)
 
         for estimates in istft_blocks(spectra(), length, self.n_fft, self.n_hop):
             yield estimates[0, :, :channels]
-            progress(estimates.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -574,7 +640,8 @@ def separator_from_flags(args):
     device = select_device(args.device)
     model = args.model or ("open-unmix" if Path("open-unmix").is_dir() else "umxl")
     networks, settings = load_networks(model, args.targets, device)
-    residual = args.residual is not None or len(networks) == 1  # one target's counterpart is all the rest
+    alone = len(networks) == 1 and not hasattr(*networks.values(), "sources")
+    residual = args.residual is not None or alone  # one target's counterpart is all the rest
     stft_settings = {"sample_rate": int(settings["sample_rate"]), "n_fft": settings["nfft"], "n_hop": settings["nhop"]}
     separator = Separator(networks, args.niter, args.softmask, residual, args.wiener_win_len or None, **stft_settings)
     if residual:

@@ -7,27 +7,32 @@
 """
 
 import base64
+import collections
 import contextlib
 import glob
-import html
 import io
 import json
 import math
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import separator_from_flags, stft_blocks, sum_targets
-from utils import AudioStream, Parser, UserError, add_separation_flags, atomic_write, number, plot_spectrograms, process_rank
-from utils import report, resample_blocks, run
+from model import aggregation, separator_from_flags, stft_blocks, sum_targets
+from utils import AudioStream, Parser, UserError, add_separation_flags, atomic_write, number, plot_spectrograms, printable
+from utils import process_rank, report, resample_blocks, run
 
 FORMATS = {"wav": ("WAV", "FLOAT"), "flac": ("FLAC", "PCM_24"), "ogg": ("OGG", "VORBIS"), "mp3": ("MP3", "MPEG_LAYER_III")}
-AUDIO = set(".wav .aiff .aif .flac .ogg .opus .mp3 .m4a .aac .wma .mp4 .mkv .mov .webm .avi .au .caf .w64".split())
+AUDIO = set(".wav .aiff .aif .flac .ogg .opus .mp3 .m4a .aac .wma .mka .mp4 .mkv .mov .webm .avi .au .caf .w64".split())
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} s of audio [{elapsed}<{remaining}{postfix}]"
 
 
 def parse_args(arguments):
@@ -46,179 +51,213 @@ def parse_args(arguments):
     return parser.parse_args(arguments)
 
 
-def find_songs(inputs):
+def find_songs(inputs, outdir):
     """Files, folders and patterns -> sorted list of (file, name of its output folder), the same in every process."""
-    files = {}
+    names, outdir = {}, Path(outdir).absolute()
     for item in inputs:
-        path = Path(item)
-        if path.is_dir():
-            found = {p: str(p.relative_to(path).parent / song_name(p)) for p in path.rglob("*") if p.suffix.lower() in AUDIO and p.is_file()}
-            if not found:
-                raise UserError(f"{item}: a folder without audio files in it ({' '.join(sorted(AUDIO))})")
-        elif path.exists() or not glob.has_magic(item):
-            found = {path: song_name(path)}
+        if Path(item).is_dir():  # a folder's songs keep their place below it
+            found = {path: path.relative_to(item).with_suffix("") for path in Path(item).rglob("*") if outdir not in path.absolute().parents}
+        elif glob.has_magic(item) and not Path(item).exists():
+            found = {Path(path): Path(path).stem for path in glob.glob(item, recursive=True)}
         else:
-            found = {Path(p): song_name(Path(p)) for p in glob.glob(item, recursive=True) if Path(p).suffix.lower() in AUDIO}
-            if not found:
-                raise UserError(f"{item}: matches no audio file")
-        files.update(found)
-    songs, taken = [], {}
-    for path, name in sorted(files.items()):
-        if name in taken:  # song.mp3 beside song.wav
-            name += path.suffix
-        if name in taken:
-            raise UserError(f"{path}: has the same name as {taken[name]}; separate them into different --outdir")
-        taken[name] = path
-        songs.append((path, name))
+            names[Path(item)] = Path(item).stem
+            continue
+        found = {p: str(n) for p, n in found.items() if p.suffix.lower() in AUDIO and p.name[0] != "." and p.is_file()}
+        if not found:
+            raise UserError(f"{item}: no audio files there but what may be in --outdir ({' '.join(sorted(AUDIO))})")
+        names.update(found)
+    taken = collections.Counter(names.values())
+    songs = sorted((path, name + path.suffix * (taken[name] > 1)) for path, name in names.items())  # song.mp3 beside song.wav
+    for path, name in songs:
+        if sum(other == name for _, other in songs) > 1:
+            raise UserError(f"{path}: another input is also named {name}; separate them into different --outdir")
     return songs
 
 
-def song_name(path):
-    """A file's name without its extension, unless that leaves nothing that can name a folder."""
-    return path.stem if path.stem.strip(". ") else path.name
+# ---------------------------------------------------------------------------------------------- stems
 
 
-@contextlib.contextmanager
-def stem_file(path, rate, channels):
-    """Yield a soundfile to write a stem's blocks to; it becomes `path` when all of them are there."""
-    kind, subtype = FORMATS[path.suffix[1:]]
-    with atomic_write(path) as temporary:
-        float_wav = temporary if kind == "WAV" else temporary.with_suffix(".wav.part")
-        try:
-            with soundfile.SoundFile(float_wav, "w", rate, channels, "FLOAT", format="RF64") as file:
-                file.peak = 0.0
-                yield file
-            if kind != "WAV":
-                encode(float_wav, temporary, file.peak, kind, subtype, path)
-        finally:
-            if float_wav != temporary:
-                float_wav.unlink(missing_ok=True)
+class Stem:
+    """A stem on its way to the disk; `stack` gives it its name, or removes what there is of it after a failure.
 
+    WAV holds any float. The other formats are made by `finish` from an unnamed copy in float, when the peak is known.
+    """
 
-def encode(source, destination, peak, kind, subtype, name):
-    """Turn a float WAV into another format, scaled down if it would clip."""
-    if peak > 1:
-        print(f"{name}: peaks at {20 * math.log10(peak):+.1f} dBFS and was scaled down by as much to fit the format")
-    with soundfile.SoundFile(source) as reader:
-        with soundfile.SoundFile(destination, "w", reader.samplerate, reader.channels, subtype, format=kind) as writer:
-            for block in reader.blocks(1 << 18, dtype="float32", always_2d=True):
-                writer.write(block / max(1.0, peak))
+    def __init__(self, path, stream, stack):
+        self.path, self.part, self.peak = path, stack.enter_context(atomic_write(path)), 0.0
+        kind, subtype = FORMATS[path.suffix[1:]]
+        form = {"samplerate": stream.rate, "channels": stream.channels}
+        if kind == "WAV":
+            size = 4 * stream.channels * stream.length  # bytes; WAV's own header counts no more than 4 GB
+            self.audio = soundfile.SoundFile(self.part, "w", **form, subtype=subtype, format="WAV" if size < 4e9 else "RF64")
+        else:
+            copy = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+            self.audio = soundfile.SoundFile(copy.fileno(), "w+", **form, subtype="FLOAT", format="RF64", closefd=False)
+            try:
+                self.encoded = stack.enter_context(soundfile.SoundFile(self.part, "w", **form, subtype=subtype, format=kind))
+            except soundfile.LibsndfileError as error:
+                raise UserError(f"{path}: {kind} can't hold {stream.rate} Hz ({error.error_string}); try --ext flac or wav") from error
+        stack.enter_context(self.audio)
+
+    def write(self, samples):
+        """Append samples (C, n)."""
+        self.peak = max(self.peak, samples.abs().max().item())
+        self.audio.write(samples.T.numpy())
+
+    def finish(self):
+        """Encode the whole stem; returns a note where that changes its level."""
+        if self.path.suffix == ".wav":
+            return
+        length = self.audio.tell()
+        self.audio.seek(0)
+        for block in self.audio.blocks(1 << 16, dtype="float32", always_2d=True):
+            self.encoded.write(block / max(1.0, self.peak))
+        self.encoded.close()
+        if sum(map(len, soundfile.blocks(self.part, 1 << 16))) < length:  # the encoders' last bytes, on a full disk, just vanish
+            raise UserError(f"{self.path}: could not be written whole; free some space or choose another folder")
+        if self.peak > 1:
+            return f"{self.path}: peaks at {20 * math.log10(self.peak):+.1f} dBFS and was scaled down by as much to fit the format"
 
 
 class Input:
-    """A file's blocks (C, n) at the model's rate, for Separator.stream: two passes, shown as one progress bar."""
+    """A file's blocks (C, n) at the model's rate, for Separator.stream, which asks for them twice; moves a progress bar."""
 
     def __init__(self, stream, rate, bar):
         self.stream, self.rate, self.bar = stream, rate, bar
+        self.start, self.shares = time.time(), iter([0.4, 0.6])  # of the work: up to the networks' end, and the rest
 
     def __iter__(self):
-        def shown():
-            for block in self.stream:
-                yield block
-                self.bar.update(block.shape[1] / self.stream.rate / 2)
+        yield from resample_blocks(self.watch(next(self.shares)), self.stream.rate, self.rate)
 
-        return resample_blocks(shown(), self.stream.rate, self.rate)
+    def watch(self, share):
+        for block in self.stream:
+            yield block
+            self.bar.set_postfix_str(f"{self.bar.n / (time.time() - self.start):.1f} times as fast as it plays", refresh=False)
+            self.bar.update(share * block.shape[1] / self.stream.rate)
 
 
 def separate(separator, path, paths, args):
-    """Separate one file into `paths`, {stem name: file}; all of them appear at the end, or none."""
+    """Separate one file into `paths`, {stem name: file}; returns how long it took, as text."""
     stream = AudioStream(path, args.start, args.duration)
-    start = time.time()
-    bar = tqdm(total=stream.length / stream.rate, unit="s", desc=path.name, disable=args.quiet, bar_format=BAR)
-    with bar, contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(stem_file(stem, stream.rate, stream.channels)) for name, stem in paths.items()}
+    start, seconds, written = time.time(), stream.length / stream.rate, 0
+    with contextlib.ExitStack() as stack:
+        stems = {name: Stem(stem, stream, stack) for name, stem in paths.items()}
+        bar = tqdm(total=round(seconds, 1) if seconds < math.inf else None, desc=printable(path.name), disable=args.quiet, bar_format=BAR)
+        stack.enter_context(bar)
         estimates = separator.stream(Input(stream, separator.sample_rate, bar))
-        written = 0
         for block in resample_blocks(estimates, separator.sample_rate, stream.rate):
             block = block[..., : stream.length - written].float().cpu()  # (J, C, n)
             written += block.shape[-1]
-            write_stems(files, sum_targets(block, separator, args))
-        if written < stream.length:  # resampling there and back may end a sample early
-            write_stems(files, {name: torch.zeros(stream.channels, stream.length - written) for name in files})
-    seconds = stream.length / stream.rate
-    return f"{seconds:.1f} s of audio, {seconds / (time.time() - start):.1f} times faster than it plays"
-
-
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-def write_stems(files, stems):
-    for name, file in files.items():
-        file.peak = max(file.peak, stems[name].abs().max().item()) if stems[name].numel() else file.peak
-        file.write(stems[name].T.numpy())
+            samples = sum_targets(block, separator, args)
+            for name, stem in stems.items():
+                stem.write(samples[name])
+        with ThreadPoolExecutor() as pool:
+            notes = list(pool.map(Stem.finish, stems.values()))
+    for note in filter(None, notes):
+        print(printable(note))
+    return f"{written / stream.rate:.1f} s of audio, {written / stream.rate / (time.time() - start):.1f} times as fast as it plays"
 
 
 def process(separator, path, name, args):
     """Separate one song, and write what else was asked for."""
     folder = Path(args.outdir, name)
-    names = list(sum_targets(torch.zeros(len(separator.targets), 1, 1), separator, args))
-    paths = {stem: folder / f"{stem}.{args.ext}" for stem in names}
+    paths = {stem: folder / f"{stem}.{args.ext}" for stem in aggregation(separator.targets, args)}
     missing = {stem: file for stem, file in paths.items() if args.overwrite or not file.exists()}
     if len(missing) < len(paths):
-        print(f"{folder}: kept {', '.join(stem for stem in paths if stem not in missing)} (--overwrite makes them anew)")
+        kept = ", ".join(stem for stem in paths if stem not in missing)
+        print(printable(f"{folder}: kept {kept} (--overwrite makes them anew)"))
     if missing:
-        print(f"{folder}: {', '.join(missing)}; {separate(separator, path, missing, args)}")
+        print(printable(f"{folder}: {', '.join(missing)}; {separate(separator, path, missing, args)}"))
+    if args.plot or args.html:
+        recordings = {"mixture": AudioStream(path, args.start, args.duration)}
+        recordings.update((stem, AudioStream(file)) for stem, file in paths.items())
     if args.plot:
-        plot(path, paths, folder / "spectrograms.png", args)
+        plot(recordings, folder / "spectrograms.png")
     if args.html:
-        write_page(path, paths, folder / "index.html", args)
+        write_page(path.stem, recordings, folder / "index.html")
 
 
 # ---------------------------------------------------------------------------------------------- pictures and pages
 
 
-def plot(path, paths, picture, args):
+def plot(recordings, picture):
     """Draw the spectrograms of the mixture and its stems; a long recording's frames are pooled."""
     levels = {}
-    for name, stream in {"mixture": AudioStream(path, args.start, args.duration), **{n: AudioStream(p) for n, p in paths.items()}}.items():
-        pool = math.ceil(stream.length / 1024 / 1500)  # frames per column
-        blocks = stft_blocks(stream, 64 * pool)
+    length = [*recordings.values()][-1].length  # a stem's, which is exact
+    pool = math.ceil(length / 1024 / 1500)  # frames per column
+    for name, stream in recordings.items():
+        blocks = stft_blocks(stream, pool * math.ceil(300 / pool))
         columns = [F.max_pool1d(X.abs().mean(0), pool, ceil_mode=True) for X in blocks]  # (F, T)
         levels[name] = torch.cat(columns, dim=1).numpy()
     plot_spectrograms(levels, stream.rate, 1024 * pool, picture)
-    print(f"wrote {picture}")
+    print(printable(f"wrote {picture}"))
 
 
-def write_page(path, paths, page, args):
+def write_page(title, recordings, page):
     """Fill assets/player.html with the mixture and its stems as MP3."""
+    peaks = {}
+    for name, stream in recordings.items():
+        columns = [F.max_pool1d(block.abs().amax(0, keepdim=True), 1024, ceil_mode=True) for block in stream]
+        peaks[name] = torch.cat(columns, dim=1)  # (1, n)
+    scale = max(1.0, *(peak.max().item() for peak in peaks.values()))  # the same for all: they keep their balance
     stems = []
-    for name, stream in {"mixture": AudioStream(path, args.start, args.duration), **{n: AudioStream(p) for n, p in paths.items()}}.items():
-        audio = torch.cat(list(stream), dim=1)  # (C, N)
-        width = math.ceil(audio.shape[1] / 1000)
-        peaks = F.max_pool1d(audio.abs().amax(0, keepdim=True), width, ceil_mode=True)[0]
-        buffer = io.BytesIO()
-        rate = min(stream.rate, 48000)  # the most that MP3 has
-        audio = torch.cat(list(resample_blocks([audio], stream.rate, rate)), dim=1) / max(1.0, audio.abs().max().item())
-        soundfile.write(buffer, audio.T.numpy(), rate, format="MP3")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        stems.append({"name": name, "audio": f"data:audio/mpeg;base64,{data}", "peaks": [round(p, 3) for p in peaks.tolist()]})
-    content = json.dumps({"title": path.stem, "stems": stems}).replace("<", "\\u003c")  # no </script> from a song's name
+    for name, stream in recordings.items():
+        picture = F.adaptive_max_pool1d(peaks[name] / scale, 1000)[0]
+        stems.append({"name": name, "audio": mp3(stream, scale), "peaks": [round(peak, 3) for peak in picture.tolist()]})
+    content = json.dumps({"title": title, "stems": stems}).replace("<", "\\u003c")  # no </script> from a song's name
     template = (Path(__file__).parent / "assets" / "player.html").read_text(encoding="utf-8")
     with atomic_write(page) as temporary:
-        temporary.write_text(template.replace("/*STEMS*/null", content), encoding="utf-8")
-    print(f"wrote {page}: open it in a browser")
+        temporary.write_text(template.replace("/*STEMS*/null", content, 1), encoding="utf-8")
+    print(printable(f"wrote {page}: open it in a browser"))
+    if stream.length > 1800 * stream.rate:
+        print("half an hour and more needs gigabytes in a browser: --start and --duration make a shorter page")
+
+
+def mp3(stream, scale):
+    """A recording, divided by `scale`, as the address (data: URI) of an MP3 at 44.1 kHz."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 44100, stream.channels, format="MP3") as file:
+        for block in resample_blocks(stream, stream.rate, 44100):
+            file.write((block / scale).T.numpy())
+    return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---------------------------------------------------------------------------------------------- all files
+
+
+def gather(failed, world):
+    """All processes' lists in one. Waits for the slowest: torchrun ends them all when one ends with an error."""
+    if world == 1:
+        return failed
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    lists = [None] * world
+    dist.all_gather_object(lists, failed)
+    dist.destroy_process_group()
+    return sum(lists, [])
 
 
 def main():
     args = parse_args(sys.argv[1:])
-    songs = find_songs(args.input)
+    songs = find_songs(args.input, args.outdir)
     rank, _, world = process_rank()
-    songs = songs[rank::world]
+    args.quiet |= world > 1  # the bars of several processes would overwrite each other
     separator = separator_from_flags(args)
     failed = []
-    for path, name in songs:
+    for path, name in songs[rank::world]:
         try:
             process(separator, path, name, args)
         except UserError as error:
             report(error)
-            failed.append(path)
+            failed.append(str(path))
+    failed = gather(failed, world)
+    if rank > 0:
+        return
     if failed and len(songs) == 1:
         sys.exit(2)
     if failed:
-        print(f"{len(failed)} of {len(songs)} files failed: {', '.join(map(str, failed))}", file=sys.stderr)
+        print(printable(f"{len(failed)} of {len(songs)} files failed: {', '.join(failed)}"), file=sys.stderr)
         sys.exit(1)
-    if songs:
-        print(f"the stems are in {args.outdir}/. Next: listen (--html makes a page for it), or score a model: python eval.py")
+    print(f"the stems are in {args.outdir}/. Next: listen (--html makes a page for it), or score a model: python eval.py")
 
 
 if __name__ == "__main__":

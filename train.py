@@ -7,10 +7,14 @@
 """
 
 import contextlib
+import importlib.util
+import io
 import itertools
 import math
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,18 +28,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets, target_sources
+from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets
 from model import ARCHITECTURES, load_networks, stft
-from utils import EarlyStopping, Parser, UserError, figure, file_name, load, number, process_rank, run, save, save_figure, select_device
+from utils import DAMAGED, EarlyStopping, Parser, UserError, figure, load, number, process_rank, run, save, save_figure, select_device
 
 # What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
 PRESETS = {
-    "umx": {},
-    "tutorial": dict(epochs=20, batch_size=8, seq_dur=3.0, samples_per_track=16, hidden_size=256, lr=0.002, lr_decay_patience=3),
+    "umx": "",
+    "tutorial": "--epochs 24 --batch-size 8 --seq-dur 3 --samples-per-track 8 --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
 }
 
 
-def parse_args(arguments):
+def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="musdb", choices=["musdb", "synthetic", *LAYOUTS], help="layout of the data; data.py draws each")
@@ -43,25 +47,20 @@ def parse_args(arguments):
     add("--is-wav", action="store_true", help="--root is MUSDB18-HQ (WAV), even if it holds stem files too")
     add("--cache", help="folder for the WAV files decoded from stems (default: <root>-wav)")
     add("--target", nargs="+", default=["vocals"], help="sources to train, one network each, one after the other")
-    add("--target-file", type=file_name, default="vocals.wav", help="trackfolder_*: the target's file in each track folder")
-    add("--interferer-files", type=file_name, nargs="+", default=["drums.wav", "bass.wav", "other.wav"], help="trackfolder_fix: the others")
+    add("--target-file", default="vocals.wav", help="trackfolder_*: the target's file in each track folder")
+    add("--interferer-files", nargs="+", default=["drums.wav", "bass.wav", "other.wav"], help="trackfolder_fix: the others")
     add("--random-track-mix", action="store_true", help="trackfolder_fix: take each interferer from a random track")
     add("--random-interferer-mix", action="store_true", help="trackfolder_var: take all interferers from one random track")
     add("--silence-missing", action="store_true", help="trackfolder_var: a track without the target file has a silent target")
     add("--target-dir", default="vocals", help="sourcefolder: the target's folder")
     add("--interferer-dirs", nargs="+", default=["drums", "bass", "other"], help="sourcefolder: the others")
     add("--ext", default=".wav", help="sourcefolder, trackfolder_var: which files to use")
-    add("--input-file", type=file_name, default="mixture.wav", help="aligned: the network's input")
-    add("--output-file", type=file_name, default="vocals.wav", help="aligned: what it should make of it")
+    add("--input-file", default="mixture.wav", help="aligned: the network's input")
+    add("--output-file", default="vocals.wav", help="aligned: what it should make of it")
     add("--seq-dur", type=number(float, 0.1), default=6.0, help="length of a training example in seconds")
     add("--samples-per-track", type=number(int, 1), default=64, help="training examples per track and epoch")
-    add(
-        "--source-augmentations",
-        nargs="*",
-        default=["gain", "channelswap"],
-        choices=list(AUGMENTATIONS),
-        help="what changes each source at random before mixing",
-    )
+    changes = dict(nargs="*", default=["gain", "channelswap"], choices=list(AUGMENTATIONS))
+    add("--source-augmentations", **changes, help="what changes each source at random before mixing")
     add("--nb-workers", type=number(int, 0), help="processes that load data (default: 0 for CPU, up to 8 for GPU)")
 
     add = parser.add_argument_group("model").add_argument
@@ -71,6 +70,7 @@ def parse_args(arguments):
     add("--unidirectional", action="store_true", help="look at the past only (for real-time use)")
     add("--nfft", type=number(int, 16), default=4096, help="STFT size in samples")
     add("--nhop", type=number(int, 1), default=1024, help="STFT hop in samples")
+    add("--sample-rate", type=number(int, 1000), help="of the model, in Hz (default: that of most files)")
     add("--bandwidth", type=number(int, 1), default=16000, help="the network sees frequencies up to this, in Hz")
     add("--nb-channels", type=number(int, 1, 2), default=2, help="1 mixes everything down to mono")
     add("--model", help="fine-tune these weights: umx, umxhq, umxl, umxse or a model folder; sets the flags above to theirs")
@@ -93,41 +93,69 @@ def parse_args(arguments):
     add("--overwrite", action="store_true", help="replace an earlier training instead")
     add("--checkpoint", help="model folder whose training to continue, with its flags, to --epochs in all")
     add("--quiet", action="store_true", help="print the last line only")
-    add("--tensorboard", action="store_true", help="also write TensorBoard event files to <output>/tensorboard")
+    add("--tensorboard", action="store_true", help="also write TensorBoard event files to <output>/<target>.tensorboard")
     add("--dry-run", action="store_true", help="one batch, one validation track, one save: does it all work?")
-    args, given = parser.parse_args(arguments), parser.given(arguments)
+    return parser
 
+
+def parse_args(arguments):
+    """The flags, and the names of those given by hand. A preset's or an earlier training's flags come first: the last one wins."""
+    parser = make_parser()
+    args, given = parser.parse_args(arguments), parser.given(arguments)
     if args.checkpoint:
-        if "output" in given:
-            raise UserError("--output: a training goes on where it is; use --checkpoint alone")
-        presets = saved_flags(Path(args.checkpoint))
+        for name in given & {"output", "overwrite", "preset", "model", "dry_run"}:
+            raise UserError(f"--{name.replace('_', '-')}: is not for --checkpoint, which goes on as the training began")
+        args = parser.parse_args([*saved_flags(Path(args.checkpoint)), *arguments])
         args.output = args.checkpoint
     else:
         tutorial = args.root is None and args.dataset in ("musdb", "synthetic")
-        args.preset = args.preset or ("tutorial" if tutorial else "umx")
-        presets = PRESETS[args.preset]
-    for name, value in presets.items():
-        if name not in given and name in vars(args):
-            setattr(args, name, value)
+        preset = args.preset or ("tutorial" if tutorial else "umx")
+        args = parser.parse_args([*PRESETS[preset].split(), *arguments])
+        args.preset = preset
+    check_flags(args, given)
+    if args.dataset in LAYOUTS:  # these name their target by its file or folder
+        file = {"aligned": args.output_file, "sourcefolder": args.target_dir}.get(args.dataset, args.target_file)
+        args.target = [Path(file).stem]
+    args.target = list(dict.fromkeys(args.target))
+    args.quiet = args.quiet or process_rank()[0] > 0  # only the first process prints
+    return args, given
+
+
+def check_flags(args, given):
+    """Refuse flags that do not go together."""
+    uses = {name: set(flags) for name, (_, flags) in LAYOUTS.items()}
+    uses.update(musdb={"target", "is_wav", "cache"}, synthetic={"target"})
+    uses["trackfolder_fix"].add("random_track_mix")
+    uses["trackfolder_var"].add("random_interferer_mix")
+    for name in given & set().union(*uses.values()) - uses[args.dataset]:
+        raise UserError(f"--{name.replace('_', '-')}: is not used with --dataset {args.dataset}; leave it out")
     if args.nhop > args.nfft // 2:
         raise UserError(f"--nhop {args.nhop}: must be at most half of --nfft {args.nfft} for the inverse STFT")
     if args.hidden_size % 8:
         raise UserError(f"--hidden-size {args.hidden_size}: must be a multiple of 8")
-    name = {"aligned": args.output_file, "sourcefolder": args.target_dir}.get(args.dataset, args.target_file)
-    if args.dataset in LAYOUTS:
-        args.target = [Path(name).stem]
-    args.target = list(dict.fromkeys(args.target))
-    return args, given
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: needs the package tensorboard (pip install tensorboard)")
 
 
 def saved_flags(folder):
-    """The flags of the training in a model folder."""
-    found = sorted(path for path in folder.glob("*.json") if path.name != "separator.json")
+    """The command line of the latest training in a model folder."""
+    found = sorted(folder.glob("*.chkpnt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(f"--checkpoint {folder}: holds no training (expected {folder}/vocals.json, vocals.chkpnt)")
-    flags = load(found[0]).get("args", {})
-    places = ("output", "checkpoint", "device", "nb_workers", "quiet", "overwrite", "dry_run", "preset")
-    return {**{name: value for name, value in flags.items() if name not in places}, "target": flags.get("targets", ["vocals"])}
+        raise UserError(f"--checkpoint {folder}: holds no training (expected {folder}/vocals.chkpnt)")
+    checkpoint = load(found[-1])
+    flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    if not isinstance(flags, dict):
+        raise UserError(f"{found[-1]}: is not of a training by this script; start a new one")
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("output", "checkpoint", "overwrite", "dry_run") or value is None or value is False:
+            continue
+        yield from [flag] if value is True else [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+
+
+def command_to_continue(args):
+    start = "python" if process_rank()[2] == 1 else "torchrun ..."
+    return f"{start} {shlex.quote(sys.argv[0])} --checkpoint {shlex.quote(args.output)}"
 
 
 # ---------------------------------------------------------------------------------------------- data to the network
@@ -140,9 +168,11 @@ class EpochBatches(torch.utils.data.Sampler):
     out what does not fill a batch.
     """
 
-    def __init__(self, size, batch_size, seed, rank=0, world=1):
-        self.size, self.batch_size, self.seed, self.rank, self.world = size, min(batch_size, size), seed, rank, world
-        self.epoch = 0
+    def __init__(self, size, batch_size, seed):
+        self.size, self.batch_size, self.seed, self.epoch = size, min(batch_size, size), seed, 0
+        self.rank, _, self.world = process_rank()
+        if self.batch_size < self.world:
+            raise UserError(f"--batch-size {self.batch_size}: is less than the number of processes, {self.world}")
 
     def __len__(self):
         return self.size // self.batch_size
@@ -154,56 +184,90 @@ class EpochBatches(torch.utils.data.Sampler):
             yield batch[self.rank :: self.world].tolist()
 
 
-def input_statistics(dataset, args, quiet=False):
-    """Mean and standard deviation per bin of the mixtures' magnitudes (averaged over channels): two lists of F numbers."""
-    total, squares, frames = 0, 0, 0
-    for index in tqdm(range(1 if args.dry_run else len(dataset)), desc="input statistics", unit="track", disable=quiet, leave=False):
-        magnitude = stft(dataset[index][0], args.nfft, args.nhop).abs().mean(0).double()  # (F, T)
-        total, squares, frames = total + magnitude.sum(1), squares + (magnitude**2).sum(1), frames + magnitude.shape[1]
+def make_loader(dataset, args, device):
+    """The DataLoader of the training examples."""
+    gpu, workers = device.type == "cuda", args.nb_workers
+    if workers is None:
+        workers = min(8, os.cpu_count() // torch.cuda.device_count()) if gpu else 0
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=EpochBatches(len(dataset), args.batch_size, args.seed),
+        num_workers=workers,
+        pin_memory=gpu,
+        persistent_workers=workers > 0,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # its draws must not depend on when the workers were started
+    )
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def magnitudes(waveforms, args, device):
+    """Waveforms (B, C, N) -> magnitudes (B, C, F, T) on the device, in memory (T, B, C, F): what the layers work on."""
+    waveforms = waveforms.to(device, non_blocking=True)
+    size = 1 if device.type == "cpu" else len(waveforms)  # the spectrum of one example stays in a CPU's cache
+    parts = [stft(part, args.nfft, args.nhop).abs().permute(3, 0, 1, 2) for part in waveforms.split(size)]
+    return torch.cat(parts, dim=1).permute(1, 2, 3, 0)
+
+
+def input_statistics(dataset, args, device):
+    """Mean and standard deviation per bin of the mixtures' magnitudes (averaged over channels): lists of F numbers."""
+    rank, _, world = process_rank()
+    sums = torch.zeros(3, args.nfft // 2 + 1, dtype=torch.float64, device=device)  # frames, magnitudes, their squares
+    tracks = range(rank, 1 if args.dry_run else len(dataset), world)
+    for index in tqdm(tracks, desc="input statistics", unit="track", disable=args.quiet, leave=False):
+        magnitude = magnitudes(dataset[index][0][None], args, device)[0].mean(0).double()  # (F, T)
+        sums += torch.stack([torch.ones_like(magnitude), magnitude, magnitude**2]).sum(-1)
+    if world > 1:
+        dist.all_reduce(sums)
+    frames, total, squares = sums.cpu()
     mean = total / frames
     scale = (squares / frames - mean**2).clamp_min(0).sqrt()
     scale = scale.clamp_min(max(1e-4 * scale.max().item(), 1e-12))  # a bin that is always silent
-    return mean.tolist(), scale.tolist()
-
-
-def magnitudes(x, y, args, device):
-    """Waveforms (B, C, N) of mixture and target -> their magnitudes (B, C, F, T), in float32 on the device."""
-    both = torch.stack([x, y]).to(device, non_blocking=True)
-    return stft(both, args.nfft, args.nhop).abs().unbind()
+    return {"mean": mean.tolist(), "scale": scale.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------- one epoch
 
 
-def train(network, optimizer, loader, args, device, progress):
-    """One pass over the training examples; returns the mean loss."""
+def train(network, optimizer, loader, args, device, name):
+    """One pass over the training examples; returns the mean loss. Raises UserError when it is not finite."""
     network.train()
     size, world = loader.batch_sampler.batch_size, loader.batch_sampler.world
-    losses = torch.zeros(len(loader), device=device)  # read now and then only: reading waits for the GPU
-    for step, (x, y) in enumerate(loader):
-        X, Y = magnitudes(x, y, args, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            Y_hat = network(X)
-        # the mean over the whole batch, however many of its examples are here; DDP averages over processes
-        loss = F.mse_loss(Y_hat.float(), Y) * (len(x) * world / size)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses[step] = loss.detach()
-        last = step + 1 == len(loader) or args.dry_run
-        if last or step % 10 == 9 or device.type == "cpu":
-            check_finite(losses[: step + 1], optimizer)
-            progress(step + 1, losses[step].item())
-        if last:
-            break
-    return average(losses[: step + 1].double().sum() / (step + 1))
+    losses = []
+    with tqdm(total=len(loader) * size, desc=name, unit=" examples", leave=False, disable=args.quiet) as bar:
+        for step, (x, y) in enumerate(loader):
+            X, Y = magnitudes(x, args, device), magnitudes(y, args, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                Y_hat = network(X)
+            # the mean over the whole batch, however many of its examples are here: DDP averages over processes
+            loss = F.mse_loss(Y_hat.float(), Y) * (len(x) * world / size)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            if device.type == "cpu" or step % 10 == 9:  # to read the loss is to wait for the GPU
+                bar.set_postfix(loss=f"{check_finite(losses, optimizer, args, name):.4f}", refresh=False)
+            bar.update(size)
+            if args.dry_run:
+                break
+    check_finite(losses, optimizer, args, name)
+    return average(torch.stack(losses).double().mean())
 
 
-def check_finite(losses, optimizer):
-    bad = (~torch.isfinite(losses)).nonzero()
-    if len(bad):
-        lr = optimizer.param_groups[0]["lr"]
-        raise FloatingPointError(f"the loss is {losses[bad[0]].item()} in step {bad[0].item() + 1}, learning rate {lr:g}")
+def check_finite(losses, optimizer, args, name):
+    """The last of the losses; raises UserError if one of them is not finite."""
+    for step, loss in enumerate(losses[-10:], start=max(1, len(losses) - 9)):
+        if not torch.isfinite(loss):
+            lr = optimizer.param_groups[0]["lr"]
+            raise UserError(
+                f"{name}, step {step}: the loss is {loss.item()} at learning rate {lr:g}; the best model so far is kept; "
+                f"try a lower rate{' or no --amp' * args.amp}: {command_to_continue(args)} --lr {lr / 10:g}"
+            )
+    return losses[-1].item()
 
 
 @torch.no_grad()
@@ -211,15 +275,14 @@ def validate(network, dataset, args, device):
     """Mean loss over whole tracks, shared out over the processes."""
     network.eval()
     rank, _, world = process_rank()
-    indices = range(rank, 1 if args.dry_run else len(dataset), world)
+    size = 1 if args.dry_run else len(dataset)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for index in indices:
-        x, y = dataset[index]
-        X, Y = magnitudes(x[None], y[None], args, device)
+    for index in range(rank, size, world):
+        X, Y = (magnitudes(audio[None], args, device) for audio in dataset[index])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             Y_hat = network(X)
         total += F.mse_loss(Y_hat.float(), Y)
-    return average(total) * world / (1 if args.dry_run else len(dataset))
+    return average(total * world / size)
 
 
 def average(value):
@@ -234,170 +297,109 @@ def average(value):
 
 
 class Training:
-    """The training of one target: what an epoch changes, how it is saved, shown and resumed."""
+    """The training of one target: all that an epoch changes, and how it is saved, shown and taken up again."""
 
-    def __init__(self, args, target, tracks, device, say, statistics=None):
-        self.args, self.target, self.device, self.say, self.folder = args, target, device, say, Path(args.output)
-        self.rank, _, self.world = process_rank()
-        self.train_set, self.valid_set, statistics_set = load_datasets(args, target, tracks)
-        self.sample_rate = tracks[2]
-        self.history = {"train_loss_history": [], "valid_loss_history": [], "train_time_history": [], "lr_history": []}
-        self.statistics = statistics
-        torch.manual_seed(args.seed)
-        resumed = load(self.folder / f"{target}.chkpnt") if args.checkpoint and (self.folder / f"{target}.chkpnt").exists() else None
-        if args.model and not resumed:
-            self.network = load_networks(args.model, [target])[0][target]
-        else:
-            if self.rank == 0 and not resumed and not statistics:
-                self.statistics = input_statistics(statistics_set, args, args.quiet)
-            self.network = self.make_network()
-        self.network.to(device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=args.lr_decay_gamma, patience=args.lr_decay_patience, cooldown=10
-        )
+    def __init__(self, args, target, network, device, statistics=None):
+        self.args, self.target, self.device, self.statistics = args, target, device, statistics
+        self.network = network.to(device)
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        plateau = dict(factor=args.lr_decay_gamma, patience=args.lr_decay_patience, cooldown=10)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **plateau)
         self.stopping = EarlyStopping(args.patience)
         self.best_epoch = 0
-        if resumed:
-            self.restore(resumed)
-        self.parallel = self.network
-        if self.world > 1:  # starts by giving every process the weights of the first
-            ids = [device] if device.type == "cuda" else None
-            self.parallel = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=ids, broadcast_buffers=False)
-        batches = EpochBatches(len(self.train_set), args.batch_size, args.seed, self.rank, self.world)
-        if batches.batch_size < self.world:
-            raise UserError(f"--batch-size {batches.batch_size}: is less than the number of processes, {self.world}")
-        workers = args.nb_workers
-        if workers is None:
-            workers = min(8, os.cpu_count() // torch.cuda.device_count()) if device.type == "cuda" else 0
-        self.loader = torch.utils.data.DataLoader(
-            self.train_set,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_interrupts,
-        )
-
-    def make_network(self):
-        args = self.args
-        frequencies = np.linspace(0, self.sample_rate / 2, args.nfft // 2 + 1)
-        mean, scale = self.statistics or (None, None)
-        return ARCHITECTURES[args.arch](
-            nb_bins=args.nfft // 2 + 1,
-            nb_channels=args.nb_channels,
-            hidden_size=args.hidden_size,
-            unidirectional=args.unidirectional,
-            max_bin=int((frequencies <= args.bandwidth).sum()),
-            mask=args.mask,
-            input_mean=mean,
-            input_scale=scale,
-        )
-
-    def restore(self, checkpoint):
-        """Take up a checkpoint's weights, optimizer, scheduler, early stopping and histories."""
-        try:
-            self.network.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-            self.history, self.statistics = checkpoint["history"], checkpoint["statistics"]
-            self.stopping.best, self.stopping.bad_epochs = checkpoint["best_loss"], checkpoint["num_bad_epochs"]
-            self.best_epoch = checkpoint["best_epoch"]
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"{self.folder / self.target}.chkpnt: does not fit this training ({reason})") from None
+        self.history = {"train_loss_history": [], "valid_loss_history": [], "train_time_history": [], "lr_history": []}
 
     @property
     def epoch(self):
         """Epochs finished so far."""
         return len(self.history["train_loss_history"])
 
-    @property
-    def finished(self):
-        return self.epoch >= self.args.epochs or self.stopping.stop
+    def path(self, suffix):
+        return Path(self.args.output, self.target + suffix)
 
-    def run(self):
+    def run(self, train_set, valid_set):
         """Train to the last epoch, saving after each."""
-        log = self.tensorboard() if self.args.tensorboard and self.rank == 0 else None
-        while not self.finished:
-            start = time.time()
-            torch.manual_seed(self.args.seed + 1 + self.epoch * self.world + self.rank)  # dropout: a function of the epoch
-            self.loader.batch_sampler.epoch = self.epoch
-            lr = self.optimizer.param_groups[0]["lr"]
-            with self.bar() as progress:
-                train_loss = train(self.parallel, self.optimizer, self.loader, self.args, self.device, progress)
-            valid_loss = validate(self.network, self.valid_set, self.args, self.device)
+        args, rank, world = self.args, process_rank()[0], process_rank()[2]
+        loader, network, log = make_loader(train_set, args, self.device), self.network, None
+        if world > 1:  # starts by giving every process the weights of the first
+            ids = [self.device] if self.device.type == "cuda" else None
+            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        if args.tensorboard and rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            log = SummaryWriter(self.path(".tensorboard"), purge_step=self.epoch + 1)
+        while self.epoch < args.epochs and not self.stopping.stop:
+            start, lr, name = time.time(), self.optimizer.param_groups[0]["lr"], f"{self.target} epoch {self.epoch + 1}"
+            torch.manual_seed(args.seed + 1 + self.epoch * world + rank)  # of dropout: a function of the epoch
+            loader.batch_sampler.epoch = self.epoch
+            train_loss = train(network, self.optimizer, loader, args, self.device, name)
+            valid_loss = validate(self.network, valid_set, args, self.device)
             if not math.isfinite(valid_loss):
-                raise FloatingPointError(f"the validation loss is {valid_loss}, learning rate {lr:g}")
-            self.scheduler.step(valid_loss)
-            is_best = self.stopping.step(valid_loss)
-            for values, value in zip(self.history.values(), (train_loss, valid_loss, time.time() - start, lr)):
-                values.append(value)
-            if is_best:
-                self.best_epoch = self.epoch
-            if self.rank == 0:
-                self.save(is_best)
-                if log:
-                    for name, value in (("loss/train", train_loss), ("loss/valid", valid_loss), ("lr", lr)):
-                        log.add_scalar(name, value, self.epoch)
-                    log.flush()
-            self.say(
-                f"{self.target} epoch {self.epoch}/{self.args.epochs}  train {train_loss:.4f}  valid {valid_loss:.4f}"
-                f"  best {self.stopping.best:.4f} (epoch {self.best_epoch})  lr {lr:.2g}  {time.time() - start:.1f} s"
+                raise UserError(f"{name}: the validation loss is {valid_loss}; the best model so far is kept; try a lower --lr")
+            self.note(train_loss, valid_loss, time.time() - start, lr)
+            if rank == 0:
+                self.save()
+            if log:
+                for key, value in (("loss/train", train_loss), ("loss/valid", valid_loss), ("lr", lr)):
+                    log.add_scalar(key, value, self.epoch)
+                log.flush()
+            print(
+                f"{name}/{args.epochs}  train {train_loss:.4f}  valid {valid_loss:.4f}  "
+                f"best {self.stopping.best:.4f} (epoch {self.best_epoch})  lr {lr:.2g}  {time.time() - start:.1f} s"
             )
-            if self.args.dry_run:
-                break
+            if args.dry_run:
+                return
+        if self.stopping.stop:
+            print(f"{self.target}: stopped early, after {self.stopping.bad_epochs} epochs without a lower validation loss")
 
-    @contextlib.contextmanager
-    def bar(self):
-        """A progress bar over the steps of an epoch, counted in examples."""
-        size = self.loader.batch_sampler.batch_size
-        hidden = self.args.quiet or self.rank > 0
-        total = len(self.loader) * size
-        with tqdm(total=total, desc=f"epoch {self.epoch + 1}", unit=" examples", leave=False, disable=hidden) as bar:
+    def note(self, train_loss, valid_loss, seconds, lr):
+        """Take an epoch's result into the histories, the learning rate and early stopping."""
+        for values, value in zip(self.history.values(), (train_loss, valid_loss, seconds, lr)):
+            values.append(value)
+        self.scheduler.step(valid_loss)
+        if self.stopping.step(valid_loss):
+            self.best_epoch = self.epoch
 
-            def progress(step, loss):
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update(step * size - bar.n)
-
-            yield progress
-
-    def save(self, is_best):
-        """Write weights (of the best epoch), checkpoint, record and curves; the checkpoint last of what a resume needs."""
+    def save(self):
+        """Write weights (of the best epoch), record, curves and, last, the checkpoint: a kill in between repeats the epoch."""
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
-        if is_best:
-            save(state, self.folder / f"{self.target}.pth")
-        progress = dict(best_loss=self.stopping.best, best_epoch=self.best_epoch, num_bad_epochs=self.stopping.bad_epochs)
-        optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
-        checkpoint = dict(state_dict=state, optimizer=optimizer, scheduler=scheduler, history=self.history, statistics=self.statistics)
-        save({"epoch": self.epoch, **checkpoint, **progress}, self.folder / f"{self.target}.chkpnt")
-        self.save_record()
-
-    def save_record(self):
-        """Write <target>.json and <target>.png, which follow from the checkpoint."""
-        progress = dict(best_loss=self.stopping.best, best_epoch=self.best_epoch, num_bad_epochs=self.stopping.bad_epochs)
         record = {
-            "args": {**vars(self.args), "target": self.target, "targets": self.args.target},
+            "target": self.target,
+            "args": vars(self.args),
             "epochs_trained": self.epoch,
-            **progress,
+            "best_loss": self.stopping.best,
+            "best_epoch": self.best_epoch,
+            "num_bad_epochs": self.stopping.bad_epochs,
             **self.history,
-            "input_statistics": self.statistics and dict(zip(("mean", "scale"), self.statistics)),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "input_statistics": self.statistics,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
             "commit": commit(),
         }
-        save(record, self.folder / f"{self.target}.json")
-        plot_curves(self.history, self.best_epoch, self.target, self.folder / f"{self.target}.png")
+        if self.epoch:
+            if self.best_epoch == self.epoch:
+                save(state, self.path(".pth"))
+            save(record, self.path(".json"))
+            plot_curves(self.history, self.best_epoch, self.target, self.path(".png"))
+        optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
+        save({**record, "state_dict": state, "optimizer": optimizer, "scheduler": scheduler}, self.path(".chkpnt"))
 
-    def tensorboard(self):
+    def restore(self, given):
+        """Take up the checkpoint; flags given by hand replace its settings."""
+        checkpoint, args = load(self.path(".chkpnt")), self.args
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard: needs the package tensorboard (pip install tensorboard)") from None
-        return SummaryWriter(self.folder / "tensorboard" / self.target, purge_step=self.epoch + 1)
-
-
-def ignore_interrupts(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+            self.network.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            plateau = dict(factor=args.lr_decay_gamma, patience=args.lr_decay_patience)
+            self.scheduler.load_state_dict({**checkpoint["scheduler"], **plateau})
+            self.history = {name: list(checkpoint[name]) for name in self.history}
+            self.stopping.best, self.stopping.bad_epochs = checkpoint["best_loss"], checkpoint["num_bad_epochs"]
+            self.best_epoch, self.statistics = checkpoint["best_epoch"], checkpoint["input_statistics"]
+        except DAMAGED as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"{self.path('.chkpnt')}: does not fit this training ({reason})") from None
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay
+            group["lr"] = args.lr if "lr" in given else group["lr"]
 
 
 def commit():
@@ -411,123 +413,168 @@ def commit():
 
 def plot_curves(history, best_epoch, target, path):
     """Draw both losses over epochs; mark the best epoch and the steps of the learning rate."""
-    picture, axes = figure(1, 1, (7, 4))
-    axis = axes[0, 0]
+    picture, axes = figure(1, 1, (8, 4.5))
+    axis, best = axes[0, 0], history["valid_loss_history"][best_epoch - 1]
     epochs = range(1, len(history["train_loss_history"]) + 1)
-    axis.plot(epochs, history["train_loss_history"], label="training", color="tab:blue")
-    axis.plot(epochs, history["valid_loss_history"], label="validation", color="tab:orange")
-    axis.plot(best_epoch, history["valid_loss_history"][best_epoch - 1], "o", color="tab:orange", label=f"best: epoch {best_epoch}")
+    for name, color in (("train", "tab:blue"), ("valid", "tab:orange")):
+        axis.plot(epochs, history[f"{name}_loss_history"], ".-" if len(epochs) < 30 else "-", color=color, label=f"{name} loss")
+    axis.plot(best_epoch, best, "o", markersize=8, color="tab:red", label=f"best: {best:.4g} in epoch {best_epoch}")
     for epoch, (before, after) in enumerate(itertools.pairwise(history["lr_history"]), start=2):
-        if after < before:
-            axis.axvline(epoch, color="gray", linewidth=0.8, linestyle=":")
-            axis.annotate(f"lr {after:.1g}", (epoch, 0.97), xycoords=("data", "axes fraction"), fontsize=7, color="gray", va="top")
+        if after != before:
+            axis.axvline(epoch, color="gray", linewidth=0.8, linestyle="--")
+            axis.annotate(f" lr {after:.2g}", (epoch, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="gray")
     axis.set(title=target, xlabel="epoch", ylabel="mean squared error of magnitudes", yscale="log")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend()
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.tick_params(which="minor", labelsize=7)
+    axis.grid(which="both", color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     save_figure(picture, path)
 
 
 # ---------------------------------------------------------------------------------------------- the folder, the script
 
 
-def prepare_folder(args, sample_rate, say):
-    """Make the model folder, put an earlier training of the same targets aside, write separator.json."""
-    folder = Path(args.output)
-    settings = dict(sample_rate=sample_rate, nfft=args.nfft, nhop=args.nhop, nb_channels=args.nb_channels)
-    kept = [p.stem for p in folder.glob("*.json") if p.name != "separator.json" and (p.stem not in args.target or args.checkpoint)]
-    if (folder / "separator.json").exists() and kept and load(folder / "separator.json") != settings:
-        raise UserError(f"{folder}: holds {', '.join(kept)} with another STFT, sample rate or channel count; choose another --output")
-    for target in args.target if not args.checkpoint else []:
-        earlier = [path for path in sorted(folder.glob(f"{target}.*")) if path.is_file()]
-        if not earlier:
-            continue
-        if args.overwrite:
-            for path in earlier:
-                path.unlink()
-            continue
-        place = folder / "previous"
-        place.mkdir(exist_ok=True)
-        number_ = next(n for n in itertools.count(1) if not any(place.glob(f"{target}-{n}.*")))
-        for path in earlier:
-            os.replace(path, place / f"{target}-{number_}{path.suffix}")
-        say(
-            f"the earlier training of {target} was moved to {place}/{target}-{number_}.*"
-            f" (python train.py --checkpoint {folder} would have continued it)"
-        )
-    save(settings, folder / "separator.json")
+def set_up(args):
+    """Choose the device and join the processes that torchrun started; returns the device."""
+    device, world = select_device(args.device), process_rank()[2]
+    name, precision = f"{torch.get_num_threads()} threads", "float32"
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuDNN's LSTM deterministic
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        name, precision = torch.cuda.get_device_name(device), "float32 with TF32 products"
+    if world > 1:  # the first process may have to decode a whole dataset while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    print(f"{device} ({name}), {'bfloat16' if args.amp else precision}" + f", {world} processes" * (world > 1))
+    if not args.checkpoint:
+        print(f"preset {args.preset}: {PRESETS[args.preset] or 'the published recipe'}")
+    return device
 
 
-def fine_tuning(args, given):
-    """Take over the settings of the weights that are fine-tuned; returns their sample rate."""
+def in_turn(function, *arguments):
+    """Call a function in one process after the other: what the first one fetches or decodes, the next ones find."""
+    rank, _, world = process_rank()
+    for turn in range(world):
+        if turn == rank:
+            result = function(*arguments)
+        if world > 1:
+            dist.barrier()
+    return result
+
+
+def make_network(args, statistics):
+    """A new network, initialised from --seed."""
+    torch.manual_seed(args.seed)
+    frequencies = np.linspace(0, args.sample_rate / 2, args.nfft // 2 + 1)
+    return ARCHITECTURES[args.arch](
+        nb_bins=args.nfft // 2 + 1,
+        nb_channels=args.nb_channels,
+        hidden_size=args.hidden_size,
+        unidirectional=args.unidirectional,
+        max_bin=int((frequencies <= args.bandwidth).sum()),
+        mask=args.mask,
+        input_mean=statistics and statistics["mean"],
+        input_scale=statistics and statistics["scale"],
+    )
+
+
+def networks_to_fine_tune(args, given):
+    """{target: network} of --model; the flags take over its settings."""
     networks, settings = load_networks(args.model, args.target)
-    network = networks[args.target[0]]
-    theirs = dict(nfft=settings["nfft"], nhop=settings["nhop"], nb_channels=settings["nb_channels"], mask=network.mask)
-    theirs.update(hidden_size=network.fc2.out_features, arch=next(n for n, c in ARCHITECTURES.items() if type(network) is c))
-    theirs["unidirectional"] = network.unidirectional
+    network, rate = networks[args.target[0]], int(settings["sample_rate"])
+    theirs = {name: settings[name] for name in ("nfft", "nhop", "nb_channels")}
+    theirs.update({name: getattr(network, name) for name in ("mask", "hidden_size", "unidirectional")}, sample_rate=rate)
+    theirs["arch"] = next(name for name, kind in ARCHITECTURES.items() if type(network) is kind)
+    theirs["bandwidth"] = math.ceil((network.max_bin - 1) * rate / settings["nfft"])
     for name, value in theirs.items():
         if name in given and getattr(args, name) != value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.model} has {value}; leave the flag out")
         setattr(args, name, value)
-    return int(settings["sample_rate"])
+    return networks
 
 
-def start_processes(device):
-    """Join the processes that torchrun started; one process needs none of this."""
-    if process_rank()[2] > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # the first process may have to decode a whole dataset while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+def prepare_folder(args):
+    """Make the model folder, put earlier trainings of the same targets aside, write separator.json."""
+    folder = Path(args.output)
+    settings = dict(sample_rate=args.sample_rate, nfft=args.nfft, nhop=args.nhop, nb_channels=args.nb_channels)
+    others = sorted({path.stem for path in folder.glob("*.json")} - {"separator", *args.target})
+    if others and (folder / "separator.json").exists() and load(folder / "separator.json") != settings:
+        raise UserError(f"{folder}: holds {', '.join(others)} with another STFT, sample rate or channel count; choose another --output")
+    try:
+        for target in args.target:
+            put_aside(folder, target, args)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --output") from error
+    save(settings, folder / "separator.json")
+
+
+def put_aside(folder, target, args):
+    """Move the files of an earlier training to previous/<target>-1.*, -2.*, ..., or remove them with --overwrite."""
+    suffixes, place = (".chkpnt", ".json", ".png", ".pth", ".tensorboard"), folder / "previous"
+    earlier = [path for suffix in suffixes if (path := folder / (target + suffix)).exists()]
+    if args.overwrite:
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif earlier:
+        place.mkdir(exist_ok=True)
+        taken = {path.name for path in place.iterdir()}
+        free = next(n for n in itertools.count(1) if not any(f"{target}-{n}{suffix}" in taken for suffix in suffixes))
+        for path in earlier:
+            os.replace(path, place / f"{target}-{free}{path.suffix}")
+        print(f"the earlier training of {target} is now {place}/{target}-{free}.*; {command_to_continue(args)} would have continued it")
+
+
+def train_targets(args, given):
+    """Index the data, make the networks or take them up, and train one after the other."""
+    device, networks, statistics = set_up(args), {}, None
+    if args.model and not args.checkpoint:
+        networks = networks_to_fine_tune(args, given)
+    train_tracks, valid_tracks, sample_rate, mix = in_turn(index_dataset, args)
+    args.sample_rate = args.sample_rate or sample_rate
+    print(f"{len(train_tracks)} training tracks, {len(valid_tracks)} validation tracks, {args.sample_rate} Hz")
+    tracks = train_tracks, valid_tracks, args.sample_rate, mix
+    datasets = {target: load_datasets(args, target, tracks) for target in args.target}
+    if not (args.checkpoint or args.model):  # of the mixtures: the same for every target
+        statistics = input_statistics(datasets[args.target[0]][2], args, device)
+    trainings = []
+    for target in args.target:
+        network = networks.get(target) or make_network(args, statistics)
+        trainings.append(Training(args, target, network, device, statistics))
+        if args.checkpoint:
+            trainings[-1].restore(given)
+    if process_rank()[0] == 0 and not args.checkpoint:
+        prepare_folder(args)
+        for training in trainings:
+            training.save()
+    try:
+        for training in trainings:
+            training.run(*datasets[training.target][:2])
+    except KeyboardInterrupt:
+        if process_rank()[0] == 0:
+            place, command = training.path(".chkpnt"), command_to_continue(args)
+            print(f"\ninterrupted; {place} holds all but this epoch; continue with: {command}", file=sys.stderr)
+        sys.exit(130)
 
 
 def main():
     args, given = parse_args(sys.argv[1:])
     rank, _, world = process_rank()
-    device = select_device(args.device)
-    say = print if rank == 0 and not args.quiet else lambda *_: None
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    start_processes(device)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    precision = "bfloat16" if args.amp else "TF32" if device.type == "cuda" else "float32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    say(f"{device} ({name}), {precision}" + f", {world} processes" * (world > 1))
-    if args.preset:
-        changed = "  ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in PRESETS[args.preset])
-        say(f"preset {args.preset}: {changed or 'the published recipe'}")
-    folder = Path(args.output)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is answered like Ctrl-C
     try:
-        model_rate = fine_tuning(args, given) if args.model else None
-        if rank > 0:
-            dist.barrier()  # the first process fetches and decodes what is missing
-        tracks = index_dataset(args)
-        if rank == 0 and world > 1:
-            dist.barrier()
-        if model_rate:
-            tracks = (*tracks[:2], model_rate, tracks[3])
-        say(f"{len(tracks[0])} training tracks, {len(tracks[1])} validation tracks, {tracks[2]} Hz")
-        for target in args.target:
-            target_sources(target, tracks[0])  # for its check, before anything is moved
-        if rank == 0:
-            prepare_folder(args, tracks[2], say)
-        statistics = None
-        for target in args.target:
-            training = Training(args, target, tracks, device, say, statistics)
-            training.run()
-            statistics = training.statistics  # of the mixtures: the same for every target
-    except KeyboardInterrupt:
-        if rank == 0:
-            again = f"continue with: python train.py --checkpoint {folder}"
-            saved = any((folder / f"{target}.chkpnt").exists() for target in args.target)
-            print(f"\ninterrupted; {again}" if saved else "\ninterrupted before the first epoch was saved", file=sys.stderr)
-        sys.exit(130)
-    except FloatingPointError as error:
-        kept = f"the best model so far stays in {folder}" if any(folder.glob("*.pth")) else "there is no model yet"
-        raise UserError(f"{error}: {kept}; try a lower --lr" + ", or without --amp" * args.amp) from None
-    if rank == 0:
-        print(f"trained {', '.join(args.target)}: {folder}/. Next: python test.py SONG.wav --model {folder}, or python eval.py --model {folder}")
-    if dist.is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
+            train_targets(args, given)
+    except RuntimeError as error:
+        if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise UserError(f"another process of this training ended: see its message; continue with: {command_to_continue(args)}") from None
+    if world > 1:
         dist.destroy_process_group()
+    if rank == 0:
+        commands = f"python test.py SONG.wav --model {args.output}, or python eval.py --model {args.output}"
+        print(f"trained {', '.join(args.target)}: {args.output}/. Next: {commands}")
 
 
 if __name__ == "__main__":

@@ -55,12 +55,10 @@ class Audio:
             status, wav = os.stat(path), wav_layout(path)
             info = None if wav else soundfile.info(str(path))
         except (OSError, soundfile.LibsndfileError) as error:
-            reason = getattr(error, "strerror", None) or getattr(error, "error_string", error)
-            raise UserError(f"{path}: is not audio that can be read ({reason}); replace it") from error
+            raise UserError(f"{path}: is not audio that can be read ({error}); replace it") from error
         rate, channels, *layout, length = wav or (info.samplerate, info.channels, info.frames)
         if not length or channels > 2:
-            problem = f"has {channels} channels, not one or two" if length else "contains no samples"
-            raise UserError(f"{path}: {problem}; replace it")
+            raise UserError(f"{path}: has {channels} channels and {length} samples; replace it with sound in mono or stereo")
         audio = cls(str(path), rate, channels, length, tuple(layout), (status.st_size, status.st_mtime_ns))
         audio.read(length - 1, 1)  # a header may promise more than there is
         return audio
@@ -164,9 +162,8 @@ def index_musdb(root, split):
         root/train/<track>/mixture.wav  drums.wav  bass.wav  other.wav  vocals.wav
         root/test/<track>/...
 
-    Args:
-        root: folder. split: "train" and "valid" part root/train by musdb's own list of validation tracks (a dataset
-            with none of those gives every seventh track); "test" is root/test.
+    The splits "train" and "valid" part root/train by musdb's own list of validation tracks (a dataset with none of those
+    gives every seventh track).
     """
     subset = "test" if split == "test" else "train"
     folders = track_folders(root, subset, ["mixture.wav", *(f"{name}.wav" for name in SOURCES)])
@@ -298,7 +295,7 @@ def find_data(root=None, dataset="musdb", is_wav=False, cache=None):
     home, flag = Path.home() / "MUSDB18", "--root"
     if dataset == "synthetic":
         return make_synthetic(Path(root or home / SYNTHETIC).expanduser())
-    if root is None and "MUSDB_PATH" in os.environ:
+    if root is None and os.environ.get("MUSDB_PATH"):
         root, flag = os.environ["MUSDB_PATH"], "MUSDB_PATH"
     if root is None:
         root = home / "MUSDB18-7"
@@ -351,8 +348,8 @@ def decode_stems(root, destination):
 
 def decoded_bytes(stem):
     """The size of a stem file's five streams as 16-bit WAV."""
-    command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", "stream=codec_type,duration_ts,channels", f"file:{stem}"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", "stream=codec_type,duration_ts,channels"]
+    done = subprocess.run([*command, f"file:{stem}"], capture_output=True, stdin=subprocess.DEVNULL)
     streams = json.loads(done.stdout or "{}").get("streams", [])
     audio = [stream for stream in streams if stream["codec_type"] == "audio"]
     if done.returncode or len(audio) != 5:
@@ -373,12 +370,10 @@ def decode_stem(stem, folder):
 
 
 def make_tracks(tracks, make, size, root, remedy):
-    """Make the missing ones of some track folders in `root`, in parallel; those that are there are kept.
+    """Make those track folders of a dataset that are missing, in parallel: `tracks` is {folder: its origin}.
 
-    Args:
-        tracks: {folder: what it is made from}. make: function (what it is made from, folder). size: function of what it
-            is made from that returns the folder's size in bytes.
-        root: folder of the dataset. remedy: what to do where it cannot be written, for UserError.
+    `make(origin, folder)` makes one, `size(origin)` tells its bytes. Raises UserError with the remedy where `root` can't
+    be written or has too little space.
     """
     missing = {folder: item for folder, item in tracks.items() if not folder.is_dir()}
     if not missing:
@@ -631,7 +626,16 @@ class RandomMixes(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, tracks, target, sample_rate, nb_channels=2, seq_dur=6.0, samples_per_track=64, seed=42, augmentations=(), mix="tracks"
+        self,
+        tracks,
+        target,
+        sample_rate,
+        nb_channels=2,
+        seq_dur=6.0,
+        samples_per_track=64,
+        seed=42,
+        augmentations=(),
+        mix="tracks",
     ):
         self.sample_rate, self.nb_channels, self.length = sample_rate, nb_channels, round(seq_dur * sample_rate)
         self.samples_per_track, self.seed, self.augmentations, self.mix = samples_per_track, seed, augmentations, mix
@@ -646,16 +650,17 @@ class RandomMixes(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, index))
-        mixture, target = both = np.zeros((2, self.nb_channels, self.length), np.float32)
+        mixture, *targets = waveforms = np.zeros((1 + len(self.parts), self.nb_channels, self.length), np.float32)
         for name, audio, start in self.draw(self.tracks[index % len(self) // self.samples_per_track], rng):
             excerpt = read_as(audio, start, self.length, self.sample_rate, self.nb_channels)
             for augment in self.augmentations:
                 excerpt = augment(excerpt, rng)
             if self.mix != "aligned" or name == "mixture":
                 mixture += excerpt
-            if name in self.wanted:
-                target += excerpt
-        return torch.from_numpy(both).unbind()
+            for part, target in zip(self.parts, targets):
+                if name in part:
+                    target += excerpt
+        return mixture_and_target(waveforms)
 
     def draw(self, track, rng):
         """Choose the excerpts of an example: yields (source name, Audio, first sample)."""
@@ -698,12 +703,17 @@ class WholeTracks(torch.utils.data.Dataset):
     def __getitem__(self, index):
         track = self.tracks[index]
         length = length_at(self.sample_rate, track.input)
-        both = np.zeros((2, self.nb_channels, length), np.float32)
-        target = [audio for name, audio in track.sources.items() if name in self.wanted]
-        for total, audios in zip(both, (track.input, target)):
+        targets = [[track.sources[name] for name in part if name in track.sources] for part in self.parts]
+        waveforms = np.zeros((1 + len(targets), self.nb_channels, length), np.float32)
+        for waveform, audios in zip(waveforms, [track.input, *targets]):
             for audio in audios:
-                total += read_as(audio, 0, length, self.sample_rate, self.nb_channels)
-        return torch.from_numpy(both).unbind()
+                waveform += read_as(audio, 0, length, self.sample_rate, self.nb_channels)
+        return mixture_and_target(waveforms)
+
+
+def mixture_and_target(waveforms):
+    """(1 + parts, C, N), the mixture and the parts of the target -> tensors (C, N) and (parts * C, N)."""
+    return torch.from_numpy(waveforms[0]), torch.from_numpy(waveforms[1:].reshape(-1, waveforms.shape[-1]))
 
 
 LAYOUTS = {  # name: indexer, the flags that it takes
@@ -714,7 +724,7 @@ LAYOUTS = {  # name: indexer, the flags that it takes
 }
 
 
-def index_dataset(args, say=print):
+def index_dataset(args):
     """Index what train.py's flags name: (training tracks, validation tracks, sample rate in Hz, RandomMixes' `mix`)."""
     if args.dataset in LAYOUTS:
         if args.root is None:
@@ -734,7 +744,7 @@ def index_dataset(args, say=print):
     sample_rate = args.sample_rate or rates.most_common(1)[0][0]
     if set(rates) != {sample_rate}:
         others = ", ".join(f"{rate} Hz" for rate in sorted(rates) if rate != sample_rate)
-        say(f"some files are not in {sample_rate} Hz ({others}) and are resampled whenever they are read: convert them for speed")
+        print(f"some files are not in {sample_rate} Hz ({others}) and are resampled as they are read: convert them for speed")
     return train_tracks, valid_tracks, sample_rate, mix
 
 
@@ -746,12 +756,12 @@ def load_datasets(args, target, tracks):
     """
     train_tracks, valid_tracks, sample_rate, mix = tracks
     settings = dict(target=target, sample_rate=sample_rate, nb_channels=args.nb_channels)
-    drawn = dict(seq_dur=args.seq_dur, seed=args.seed, mix=mix)
+    drawn = dict(seq_dur=args.seq_dur, seed=args.seed, mix=mix, samples_per_track=args.samples_per_track)
     augmentations = [] if mix == "aligned" else [AUGMENTATIONS[name] for name in args.source_augmentations]
-    train = RandomMixes(train_tracks, **settings, **drawn, samples_per_track=args.samples_per_track, augmentations=augmentations)
+    train = RandomMixes(train_tracks, **settings, **drawn, augmentations=augmentations)
     if args.dataset != "sourcefolder":
         return train, WholeTracks(valid_tracks, **settings), WholeTracks(train_tracks, **settings)
-    fixed = [RandomMixes(part, **settings, **drawn, samples_per_track=1) for part in (valid_tracks, train_tracks)]
+    fixed = [RandomMixes(part, **settings, **drawn) for part in (valid_tracks, train_tracks)]
     for mixes in fixed:
-        mixes.samples_per_track = math.ceil(100 / len(mixes))
+        mixes.samples_per_track = math.ceil(100 / len(mixes.tracks))
     return train, *fixed

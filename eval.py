@@ -427,7 +427,8 @@ def evaluate(tracks, stems, args, separator):
     """
     jobs = [(method, track, stems, args, describe(args, method, track, stems)) for track in tracks for method in args.method]
     jobs = [job for job in jobs if not is_scored(args, *job[:2], job[-1])]
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker)
+    workers = max(1, min(args.workers, len(jobs)))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     pending, failed, notes = {}, [], set()
     bar = tqdm(total=len(jobs), desc="tracks", unit="track", disable=process_rank()[0] > 0)
 
@@ -449,7 +450,7 @@ def evaluate(tracks, stems, args, separator):
             for method, track, *rest in jobs:
                 estimates = separate(separator, track, args) if method == "model" else None
                 pending[pool.submit(score_track, method, track, *rest, estimates)] = method, track
-                collect(args.workers)
+                collect(workers)
             collect(0)
     except BrokenProcessPool:
         raise UserError("a scoring process was killed, perhaps for want of memory; go on with fewer --workers") from None

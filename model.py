@@ -124,6 +124,20 @@ def in_parallel(work, items):
         torch.set_num_threads(threads)  # the workers' setting became that of threads to come
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes of a training; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.apply(gradient)
+
+
 def batch_norm(x, bn, weight=None, bias=None):
     """Batch normalisation of x (B', H) by the layer `bn`, over the batches of all processes of a training.
 
@@ -134,12 +148,10 @@ def batch_norm(x, bn, weight=None, bias=None):
         bn.num_batches_tracked += 1
     if not (bn.training and dist.is_initialized() and dist.get_world_size() > 1):
         return F.batch_norm(x, bn.running_mean, bn.running_var, weight, bias, bn.training, bn.momentum, bn.eps)
-    from torch.distributed.nn.functional import all_reduce  # the one with a gradient
-
     x = x.float()
-    count = all_reduce(torch.tensor(float(len(x)), device=x.device))
-    mean = all_reduce(x.sum(0)) / count
-    variance = all_reduce(((x - mean) ** 2).sum(0)) / count
+    count = SumOverProcesses.apply(torch.tensor(float(len(x)), device=x.device))
+    mean = SumOverProcesses.apply(x.sum(0)) / count
+    variance = SumOverProcesses.apply(((x - mean) ** 2).sum(0)) / count
     with torch.no_grad():
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(variance * count / (count - 1), bn.momentum)

@@ -32,6 +32,7 @@ from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets
 from model import ARCHITECTURES, load_networks, stft
 from utils import DAMAGED, EarlyStopping, Parser, UserError, figure, load, number, process_rank, run, save, save_figure, select_device
 
+LOSS = F.mse_loss  # of estimated and true magnitudes, (B, C, F, T) each
 # What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
 PRESETS = {
     "umx": "",
@@ -244,7 +245,7 @@ def train(network, optimizer, loader, args, device, name):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 Y_hat = network(X)
             # the mean over the whole batch, however many of its examples are here: DDP averages over processes
-            loss = F.mse_loss(Y_hat.float(), Y) * (len(x) * world / size)
+            loss = LOSS(Y_hat.float(), Y) * (len(x) * world / size)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -281,7 +282,7 @@ def validate(network, dataset, args, device):
         X, Y = (magnitudes(audio[None], args, device) for audio in dataset[index])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             Y_hat = network(X)
-        total += F.mse_loss(Y_hat.float(), Y)
+        total += LOSS(Y_hat.float(), Y)
     return average(total * world / size)
 
 
@@ -323,7 +324,7 @@ class Training:
         loader, network, log = make_loader(train_set, args, self.device), self.network, None
         if world > 1:  # starts by giving every process the weights of the first
             ids = [self.device] if self.device.type == "cuda" else None
-            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
         if args.tensorboard and rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -450,7 +451,8 @@ def set_up(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     print(f"{device} ({name}), {'bfloat16' if args.amp else precision}" + f", {world} processes" * (world > 1))
     if not args.checkpoint:
-        print(f"preset {args.preset}: {PRESETS[args.preset] or 'the published recipe'}")
+        changed = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in PRESETS[args.preset])
+        print(f"preset {args.preset}: {changed or 'the published recipe'}")
     return device
 
 

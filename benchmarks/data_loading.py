@@ -1,13 +1,15 @@
 """Training examples per second, against openunmix 1.3.0's MUSDBDataset on the same songs: python benchmarks/data_loading.py
 
-Six-second mixes of four sources from random tracks, with gain and channel swap. The songs are copies of the real excerpt
-that stempeg ships: short ones favour the other side, whose ffmpeg decodes each file from its start. Ours decodes stems to
-WAV once, which is a row of its own, and all files are in the system's cache.
+Six-second mixes of four sources from random tracks, with gain and channel swap, in one process. The songs are the real
+excerpt that stempeg ships: its packets repeated to four minutes, as long as the songs of MUSDB18 (openunmix's ffmpeg decodes
+a file from its start to the wanted place), and its six seconds as they are. Ours decodes stems to WAV once: that is a row of
+its own. All files are in the system's cache.
 """
 
 import os
-import shutil
+import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from common import import_openunmix, main, peak_memory, timings
@@ -16,14 +18,13 @@ import numpy as np
 import torch
 from tests.conftest import EXCERPT
 
-from data import AUGMENTATIONS, RandomMixes, find_data, index_musdb
+from data import AUGMENTATIONS, RandomMixes, find_data, index_musdb, synthesize_song
 
-SETTINGS = dict(target="vocals", samples_per_track=64)
+SECONDS = 6.083628  # of the excerpt
 MEMORY = {
     "ours": """
 from data import *
-tracks = index_musdb({root!r}, "train")
-dataset = RandomMixes(tracks, "vocals", 44100, augmentations=list(AUGMENTATIONS.values()))
+dataset = RandomMixes(index_musdb({root!r}, "train"), "vocals", 44100, augmentations=list(AUGMENTATIONS.values()))
 for i in range({examples}):
     dataset[i]
 """,
@@ -40,34 +41,59 @@ for i in range({examples}):
 }
 
 
-def random_mixes(root):
-    tracks = index_musdb(root, "train")
-    return RandomMixes(tracks, **SETTINGS, sample_rate=44100, augmentations=list(AUGMENTATIONS.values()))
+def write_stems(root, repeats, tracks=4):
+    """Stem files of the excerpt's own AAC packets, over and over."""
+    (root / "train").mkdir(parents=True)
+    command = ["ffmpeg", "-v", "error", "-stream_loop", str(repeats - 1), "-i", str(EXCERPT), "-map", "0:a", "-c", "copy"]
+    for n in range(tracks):
+        subprocess.run([*command, str(root / "train" / f"Track {n}.stem.mp4")], check=True)
 
 
-def published(root, is_wav):
+def ours(root):
+    return RandomMixes(index_musdb(root, "train"), "vocals", 44100, augmentations=list(AUGMENTATIONS.values()))
+
+
+def theirs(root, is_wav):
     data = import_openunmix().data
     augment = data.aug_from_str(["gain", "channelswap"])
-    return data.MUSDBDataset(root=str(root), is_wav=is_wav, random_track_mix=True, source_augmentations=augment, **SETTINGS)
+    return data.MUSDBDataset("vocals", str(root), is_wav=is_wav, random_track_mix=True, source_augmentations=augment)
 
 
-def one_process(name, ours, theirs, quick):
-    """Rates of two datasets, measured in turn: as many examples of ours as take about as long as one of theirs."""
-    many, few, repeats = (100, 1, 2) if quick else (400, 4, 5)
-    order = np.random.default_rng(0).integers(len(ours), size=many)
-    (our_time, spread), (their_time, _) = timings(
-        lambda: [ours[int(i)] for i in order], lambda: [theirs[int(i) % len(theirs)] for i in order[:few]], repeats=repeats
-    )
+def compare(name, our_dataset, their_dataset, quick):
+    """Rates of two datasets in one process, measured in turn."""
+    many, few, repeats = (100, 2, 2) if quick else (300, 4, 5)
+    order = np.random.default_rng(0).integers(len(our_dataset), size=many).tolist()
+    functions = [partial(read, our_dataset, order), partial(read, their_dataset, order[:few])]
+    (our_time, spread), (their_time, _) = timings(*functions, repeats=repeats)
     rates = many / our_time, few / their_time
-    return dict(name=name, ours=rates[0], theirs=rates[1], ratio=rates[0] / rates[1], unit="examples/s", spread=spread, target="ratio >= 150")
+    target = "ratio >= 150" if "4-minute" in name else None
+    return dict(
+        name=name, ours=rates[0], theirs=rates[1], ratio=rates[0] / rates[1], unit="examples/s", spread=spread, target=target
+    )
+
+
+def read(dataset, indices):
+    for index in indices:
+        dataset[index % len(dataset)]
 
 
 def with_workers(dataset, workers, quick):
     """The rate of batches of 16 that reach the training process."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=workers, persistent_workers=True)
-    seconds, spread = timings(lambda: [None for _ in loader], repeats=2 if quick else 5)[0]
+    ((seconds, spread),) = timings(lambda: list(map(len, loader)), repeats=2 if quick else 5)
     name = f"batches of 16, {workers} workers" + f" (all {os.cpu_count()} cores)" * (workers == os.cpu_count())
-    return dict(name=name, ours=len(dataset) / seconds, unit="examples/s", spread=spread)
+    return dict(name=name, ours=len(dataset) // 16 * 16 / seconds, unit="examples/s", spread=spread)
+
+
+def index_hundred(folder, root, quick):
+    """Time to index a hundred tracks."""
+    (folder / "train").mkdir(parents=True)
+    for n in range(100):
+        (folder / "train" / f"Track {n:03d}").symlink_to(root / "train" / "Track 0")
+    functions = [partial(index_musdb, folder, "train")] + [partial(theirs, folder, True)] * (not quick)
+    (seconds, spread), *other = timings(*functions, repeats=2)
+    row = dict(name="index 100 tracks", ours=seconds, unit="s", spread=spread, target="< 1")
+    return {**row, "theirs": other[0][0], "ratio": other[0][0] / seconds} if other else row
 
 
 def measure(quick=False):
@@ -76,33 +102,21 @@ def measure(quick=False):
 
 
 def measure_in(folder, quick):
-    stems = folder / "stems"
-    for n in range(4):
-        for subset in ("train", "test"):
-            (stems / subset).mkdir(parents=True, exist_ok=True)
-            shutil.copy(EXCERPT, stems / subset / f"Track {n}.stem.mp4")
-    songs, minutes = 8, 8 * 6 / 60
-    (decoding, spread), = timings(lambda: find_data(stems, cache=tempfile.mkdtemp(dir=folder)), repeats=1 if quick else 3, warmup=0)
-    root = find_data(stems)
-    ours = random_mixes(root)
-    rows = [
-        one_process("one process, from stems", ours, published(stems, False), quick),
-        one_process("one process, from WAV", ours, published(root, True), quick),
-        *(with_workers(ours, workers, quick) for workers in sorted({2, os.cpu_count()})),
-        dict(name="decoding stems to WAV, once", ours=songs * 6 / decoding, unit="x real time", spread=spread),
-    ]
-
-    hundred = folder / "hundred"
-    (hundred / "train").mkdir(parents=True)
-    for n in range(100):
-        (hundred / "train" / f"Track {n:03d}").symlink_to(root / "train" / "Track 0")
-    functions = [lambda: index_musdb(hundred, "train")] + [lambda: published(hundred, True)] * (not quick)
-    (seconds, spread), *others = timings(*functions, repeats=2)
-    others = others[0][0] if others else None
-    rows.append(dict(name="index 100 tracks", ours=seconds, theirs=others, unit="s", spread=spread, target="< 1"))
-    if others:
-        rows[-1]["ratio"] = others / seconds
-
+    import_openunmix()
+    rows = []
+    lengths = {"6-second excerpts": 1, "30-second songs" if quick else "4-minute songs": 5 if quick else 40}
+    for name, repeats in lengths.items():
+        stems = folder / name
+        write_stems(stems, repeats)
+        ((seconds, _),) = timings(partial(find_data, stems), repeats=1, warmup=0)
+        root = find_data(stems)
+        rows.append(compare(f"{name}, stems", ours(root), theirs(stems, False), quick))
+        rows.append(compare(f"{name}, WAV", ours(root), theirs(root, True), quick))
+    rows += [with_workers(ours(root), workers, quick) for workers in sorted({2, os.cpu_count()})]
+    rows.append(dict(name="stems to WAV, once", ours=4 * repeats * SECONDS / seconds, unit="x real time"))
+    ((seconds, spread),) = timings(lambda: synthesize_song(0, 30.0), repeats=3)
+    rows.append(dict(name="synthesizing songs", ours=30 / seconds, unit="x real time", spread=spread, target=">= 30"))
+    rows.append(index_hundred(folder / "hundred", root, quick))
     peaks = {name: peak_memory(code.format(root=str(root), examples=5 if quick else 20))[0] for name, code in MEMORY.items()}
     rows.append(dict(name="peak memory, imports included", **peaks, ratio=peaks["theirs"] / peaks["ours"], unit="MB"))
     return rows

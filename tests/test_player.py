@@ -28,7 +28,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)> & \"R\u00f8d\" '\u2028<!--<scri
 
 def tone(frequency):
     seconds = np.arange(RATE * SECONDS) / RATE
-    return np.repeat(0.2 * np.sin(2 * np.pi * frequency * seconds)[:, None], 2, axis=1)  # (frames, channels)
+    return np.repeat(0.2 * np.sin(2 * np.pi * frequency * seconds)[:, None], 2, axis=1)  # (N, C)
 
 
 @pytest.fixture(scope="module")

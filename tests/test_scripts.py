@@ -61,7 +61,7 @@ def test_evaluate(trained, musdb_root):
             assert [target["name"] for target in scores["targets"]] == ["vocals", "accompaniment"]
             assert [frame["time"] for frame in scores["targets"][0]["frames"]] == [0, 1, 2]
     lines = [line.split() for line in printed.splitlines()]
-    medians = {tuple(line[:2]): float(line[2]) for line in lines if line[:1] in (["vocals"], ["accompaniment"])}
+    medians = {tuple(line[:2]): float(line[2]) for line in lines if len(line) == 9 and line[0] in ("vocals", "accompaniment")}
     assert set(medians) == {(t, m) for t in ("vocals", "accompaniment") for m in ("open-unmix", "mixture")}
     frames = [
         np.median([f["metrics"]["SDR"] for f in json.loads(path.read_text())["targets"][0]["frames"]])

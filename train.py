@@ -297,13 +297,17 @@ def average(value):
 # ---------------------------------------------------------------------------------------------- one target
 
 
+def make_optimizer(network, args):
+    return torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
 class Training:
     """The training of one target: all that an epoch changes, and how it is saved, shown and taken up again."""
 
     def __init__(self, args, target, network, device, statistics=None):
         self.args, self.target, self.device, self.statistics = args, target, device, statistics
         self.network = network.to(device)
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        self.optimizer = make_optimizer(network, args)
         plateau = dict(factor=args.lr_decay_gamma, patience=args.lr_decay_patience, cooldown=10)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **plateau)
         self.stopping = EarlyStopping(args.patience)

@@ -24,7 +24,7 @@ from conftest import EXCERPT, FOLDER, write_song
 import data
 from data import Audio, RandomMixes, WholeTracks, index_dataset, index_musdb, load_datasets, read_as
 from train import input_statistics, parse_args
-from utils import SOURCES, UserError, import_musdb, resample
+from utils import SOURCES, UserError, import_musdb, report, resample
 
 # ---------------------------------------------------------------------------------------------- reading files
 
@@ -569,6 +569,18 @@ def test_examples_are_functions_of_seed_epoch_and_index(workers, context, mixes)
         mixes.tracks, "drums", 44100, seq_dur=0.25, samples_per_track=4, seed=43, augmentations=mixes.augmentations
     )
     assert not any(torch.equal(other[index][0], expected[index][0]) for index in range(24))
+
+
+def test_file_that_changes_while_workers_read(tmp_path, capsys):
+    """An error in a loading process ends in the same one line as anywhere."""
+    for n in range(2):
+        write_song(tmp_path / "train" / f"Song {n}", seconds=0.2, seed=n)
+    loader = torch.utils.data.DataLoader(RandomMixes(index_musdb(tmp_path, "train"), "bass", 44100, seq_dur=0.1), num_workers=1)
+    (tmp_path / "train" / "Song 1" / "bass.wav").write_bytes(b"RIFF")
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert report(caught.value) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/train/Song 1/bass.wav: was changed since it was indexed; start again\n"
 
 
 def test_drawing_leaves_global_random_state_alone(mixes):

@@ -455,8 +455,7 @@ def set_up(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     print(f"{device} ({name}), {'bfloat16' if args.amp else precision}" + f", {world} processes" * (world > 1))
     if not args.checkpoint:
-        changed = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in PRESETS[args.preset])
-        print(f"preset {args.preset}: {changed or 'the published recipe'}")
+        print(f"preset {args.preset}: {PRESETS[args.preset] or 'the published recipe'}")
     return device
 
 

@@ -71,8 +71,9 @@ def test_evaluate(trained, musdb_root):
 
 
 def test_dry_run(musdb_root, tmp_path):
-    printed, _ = run_script("train.py", "--root", musdb_root, "--dry-run", "--hidden-size", 16, cwd=tmp_path)
-    assert "epoch 1/1000" in printed and (tmp_path / "open-unmix" / "vocals.pth").exists()
+    printed, _ = run_script("train.py", "--root", musdb_root, "--dry-run", "--hidden-size", 16, "--preset", "tutorial", cwd=tmp_path)
+    assert "preset tutorial: --epochs 20 " in printed and "epoch 1/20" in printed
+    assert (tmp_path / "open-unmix" / "vocals.pth").exists()
 
 
 @pytest.mark.parametrize("script", ["train.py", "test.py", "eval.py"])

@@ -36,7 +36,7 @@ LOSS = F.mse_loss  # of estimated and true magnitudes, (B, C, F, T) each
 # What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
 PRESETS = {
     "umx": "",
-    "tutorial": "--epochs 24 --batch-size 8 --seq-dur 3 --samples-per-track 8 --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
+    "tutorial": "--epochs 20 --batch-size 8 --seq-dur 3 --samples-per-track 16 --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
 }
 
 

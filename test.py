@@ -56,13 +56,13 @@ def find_songs(inputs, outdir):
     names, outdir = {}, Path(outdir).absolute()
     for item in inputs:
         if Path(item).is_dir():  # a folder's songs keep their place below it
-            found = {path: path.relative_to(item).with_suffix("") for path in Path(item).rglob("*") if outdir not in path.absolute().parents}
+            found = {path: path.relative_to(item).parent / song_name(path) for path in Path(item).rglob("*") if outdir not in path.absolute().parents}
         elif glob.has_magic(item) and not Path(item).exists():
-            found = {Path(path): Path(path).stem for path in glob.glob(item, recursive=True)}
+            found = {Path(path): song_name(Path(path)) for path in glob.glob(item, recursive=True)}
         else:
-            names[Path(item)] = Path(item).stem
+            names[Path(item)] = song_name(Path(item))
             continue
-        found = {p: str(n) for p, n in found.items() if p.suffix.lower() in AUDIO and p.name[0] != "." and p.is_file()}
+        found = {p: str(n) for p, n in found.items() if p.suffix.lower() in AUDIO and not p.name.startswith("._") and p.is_file()}
         if not found:
             raise UserError(f"{item}: no audio files there but what may be in --outdir ({' '.join(sorted(AUDIO))})")
         names.update(found)
@@ -72,6 +72,11 @@ def find_songs(inputs, outdir):
         if sum(other == name for _, other in songs) > 1:
             raise UserError(f"{path}: another input is also named {name}; separate them into different --outdir")
     return songs
+
+
+def song_name(path):
+    """A file's name without its extension, unless that leaves nothing that can name a folder, as of "...wav"."""
+    return path.stem if path.stem.strip(". ") else path.name
 
 
 # ---------------------------------------------------------------------------------------------- stems

@@ -129,10 +129,9 @@ def long_song_row(folder, mixture):
 
 def wiener_rows(tracks, quick):
     """One pass of the filter over one window of 300 frames, four sources, real spectra."""
-    X = stft(tracks["mixture"])[..., 100:400]
-    noise = torch.rand(4, *X.shape, generator=torch.Generator().manual_seed(0))
-    V = torch.stack([stft(tracks[target])[..., 100:400].abs() for target in TARGETS]) * (0.3 + noise)  # (J, C, F, T)
-    V, X = V.mT.contiguous().mT, X.mT.contiguous().mT  # in memory as the networks and the STFT leave them
+    spectra = {name: stft(audio.repeat(1, 2))[..., :300] for name, audio in tracks.items()}  # (C, F, T)
+    X, noise = spectra["mixture"], torch.rand(4, 2, 2049, 300, generator=torch.Generator().manual_seed(0))
+    V = torch.stack([spectra[target].abs() for target in TARGETS]) * (0.3 + noise)  # (J, C, F, T)
     v64, x64 = V.permute(3, 2, 1, 0).double().contiguous().numpy(), X.permute(2, 1, 0).to(torch.complex128).contiguous().numpy()
     v32, x32 = V.permute(3, 2, 1, 0).contiguous(), torch.view_as_real(X.permute(2, 1, 0).contiguous())
     torch.set_num_threads(2)
@@ -149,7 +148,7 @@ def wiener_rows(tracks, quick):
         torch.set_num_threads(2)
 
     with torch.no_grad():
-        times = timings(ours, of_norbert, of_openunmix, lambda: of_openunmix(1), repeats=1 if quick else 5)
+        times = timings(ours, of_norbert, of_openunmix, lambda: of_openunmix(1), repeats=1 if quick else 9)
     (seconds, spread), norbert_seconds, best = times[0], times[1][0], min(times[2][0], times[3][0])  # on two threads or one
     yield row("Wiener filter, 300 frames, norbert's", seconds, norbert_seconds, spread=spread, target="4 times")
     yield row("Wiener filter, 300 frames, openunmix's", seconds, best, spread=spread, target="2.5 times")

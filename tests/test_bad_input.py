@@ -146,7 +146,7 @@ def test_hostile_names(name, call, tiny_model, tmp_path):
     os.chdir(folder)
     assert call("test.py", "--model", tiny_model, "--outdir", tmp_path / "third", "--", name)[0] == 0
     assert tree(folder) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "songs", "stems", "third"]
+    assert {path.name for path in tmp_path.iterdir()} - {"home"} == {"again", "songs", "stems", "third"}
     for outdir in ("stems", "again", "third"):
         stems = [path for path in (tmp_path / outdir).rglob("*.wav") if path.is_file()]
         assert sorted(path.name for path in stems) == ["accompaniment.wav", "vocals.wav"] and len({p.parent for p in stems}) == 1

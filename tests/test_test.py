@@ -275,13 +275,13 @@ def test_rerun_skips_what_is_done(separate, song):
     assert separate("song.wav")[0] == 0
     os.utime("stems/song/bass.wav", (1, 1))
     os.unlink("stems/song/vocals.wav")
-    drums = Path("stems/song/drums.wav").read_bytes()
+    drums = soundfile.read("stems/song/drums.wav")[0]
     code, printed, _ = separate("song.wav")
     assert code == 0 and "stems/song: kept drums, bass, other (--overwrite makes them anew)" in printed
     assert "stems/song: vocals; 0.2 s of audio" in printed and os.stat("stems/song/bass.wav").st_mtime == 1
     code, printed, _ = separate("song.wav", "--overwrite")
     assert "kept" not in printed and os.stat("stems/song/bass.wav").st_mtime > 1
-    assert Path("stems/song/drums.wav").read_bytes() == drums  # and the numbers are the same
+    assert np.array_equal(soundfile.read("stems/song/drums.wav")[0], drums)  # and the numbers are the same
 
 
 def test_finding_songs(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import glob
 import io
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -66,12 +67,25 @@ def find_songs(inputs, outdir):
         if not found:
             raise UserError(f"{item}: no audio files there but what may be in --outdir ({' '.join(sorted(AUDIO))})")
         names.update(found)
-    taken = collections.Counter(names.values())
-    songs = sorted((path, name + path.suffix * (taken[name] > 1)) for path, name in names.items())  # song.mp3 beside song.wav
+    groups = collections.defaultdict(list)
+    for path, name in names.items():
+        groups[name].append(path)
+    songs = sorted(pair for name, paths in groups.items() for pair in tell_apart(name, paths))
+    taken = collections.Counter(name for _, name in songs)
     for path, name in songs:
-        if sum(other == name for _, other in songs) > 1:
+        if taken[name] > 1:
             raise UserError(f"{path}: another input is also named {name}; separate them into different --outdir")
     return songs
+
+
+def tell_apart(name, paths):
+    """Pairs of path and name for files that are all called `name`: song.mp3 and song.wav, or A/song and B/song."""
+    for form in "{name}", "{name}{suffix}", "{folder}/{name}", "{folder}/{name}{suffix}":
+        folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
+        names = [form.format(name=name, suffix=path.suffix, folder=folder).lstrip("/") for path, folder in zip(paths, folders)]
+        if len(set(names)) == len(paths):
+            break
+    return zip(paths, names)
 
 
 def song_name(path):

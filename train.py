@@ -30,13 +30,15 @@ from tqdm import tqdm
 
 from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets
 from model import ARCHITECTURES, load_networks, stft
-from utils import DAMAGED, EarlyStopping, Parser, UserError, figure, load, number, process_rank, run, save, save_figure, select_device
+from utils import DAMAGED, EarlyStopping, Parser, UserError, figure, load, number, process_rank, run, save
+from utils import save_figure, select_device
 
-LOSS = F.mse_loss  # of estimated and true magnitudes, (B, C, F, T) each
+LOSS = F.mse_loss  # of estimated and true magnitudes, (T, B, C, F) each
 # What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
 PRESETS = {
     "umx": "",
-    "tutorial": "--epochs 20 --batch-size 8 --seq-dur 3 --samples-per-track 16 --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
+    "tutorial": "--epochs 20 --batch-size 8 --seq-dur 3 --samples-per-track 16"
+    " --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
 }
 
 
@@ -77,12 +79,12 @@ def make_parser():
     add("--model", help="fine-tune these weights: umx, umxhq, umxl, umxse or a model folder; sets the flags above to theirs")
 
     add = parser.add_argument_group("training").add_argument
-    add("--preset", choices=list(PRESETS), help="umx: the published recipe; tutorial: minutes on a laptop (default without --root)")
+    add("--preset", choices=list(PRESETS), help="umx: the published recipe; tutorial: minutes (default without --root)")
     add("--epochs", type=number(int, 1), default=1000, help="passes over the tracks, in all")
     add("--batch-size", type=number(int, 1), default=16, help="examples per step, of all processes together")
     add("--lr", type=number(float, 1e-12), default=0.001, help="learning rate of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-5, help="of Adam")
-    add("--patience", type=number(int, 0), default=140, help="stop after so many epochs without a lower validation loss; 0: never")
+    add("--patience", type=number(int, 0), default=140, help="stop after so many epochs without a lower loss; 0: never")
     add("--lr-decay-patience", type=number(int, 0), default=80, help="lower the rate after so many such epochs")
     add("--lr-decay-gamma", type=number(float, 1e-6, 0.999999), default=0.3, help="by this factor")
     add("--seed", type=number(int, 0), default=42, help="of weights, examples and dropout")
@@ -100,7 +102,7 @@ def make_parser():
 
 
 def parse_args(arguments):
-    """The flags, and the names of those given by hand. A preset's or an earlier training's flags come first: the last one wins."""
+    """The flags, and the names of those given by hand, which win over those of a preset or of an earlier training."""
     parser = make_parser()
     args, given = parser.parse_args(arguments), parser.given(arguments)
     if args.checkpoint:
@@ -143,15 +145,18 @@ def saved_flags(folder):
     found = sorted(folder.glob("*.chkpnt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--checkpoint {folder}: holds no training (expected {folder}/vocals.chkpnt)")
-    checkpoint = load(found[-1])
-    flags = checkpoint.get("args") if isinstance(checkpoint, dict) else None
-    if not isinstance(flags, dict):
-        raise UserError(f"{found[-1]}: is not of a training by this script; start a new one")
-    for name, value in flags.items():
+    try:
+        flags = load(found[-1])["args"].items()
+    except DAMAGED as error:
+        raise UserError(f"{found[-1]}: is not a checkpoint of train.py ({error}); start a new training") from error
+    for name, value in flags:
         flag = f"--{name.replace('_', '-')}"
         if name in ("output", "checkpoint", "overwrite", "dry_run") or value is None or value is False:
             continue
-        yield from [flag] if value is True else [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        elif isinstance(value, list):
+            yield from (flag, *map(str, value))
+        else:
+            yield flag if value is True else f"{flag}={value}"
 
 
 def command_to_continue(args):
@@ -210,7 +215,10 @@ def magnitudes(waveforms, args, device):
     """Waveforms (B, C, N) -> magnitudes (B, C, F, T) on the device, in memory (T, B, C, F): what the layers work on."""
     waveforms = waveforms.to(device, non_blocking=True)
     size = 1 if device.type == "cpu" else len(waveforms)  # the spectrum of one example stays in a CPU's cache
-    parts = [stft(part, args.nfft, args.nhop).abs().permute(3, 0, 1, 2) for part in waveforms.split(size)]
+    parts = []
+    for part in waveforms.split(size):
+        X = stft(part, args.nfft, args.nhop).permute(3, 0, 1, 2)  # (T, B, C, F)
+        parts.append((X.real.square() + X.imag.square()).sqrt())  # on a CPU three times as fast as X.abs()
     return torch.cat(parts, dim=1).permute(1, 2, 3, 0)
 
 
@@ -221,7 +229,9 @@ def input_statistics(dataset, args, device):
     tracks = range(rank, 1 if args.dry_run else len(dataset), world)
     for index in tqdm(tracks, desc="input statistics", unit="track", disable=args.quiet, leave=False):
         magnitude = magnitudes(dataset[index][0][None], args, device)[0].mean(0).double()  # (F, T)
-        sums += torch.stack([torch.ones_like(magnitude), magnitude, magnitude**2]).sum(-1)
+        sums[0] += magnitude.shape[1]
+        sums[1] += magnitude.sum(1)
+        sums[2] += (magnitude**2).sum(1)
     if world > 1:
         dist.all_reduce(sums)
     frames, total, squares = sums.cpu()
@@ -234,6 +244,15 @@ def input_statistics(dataset, args, device):
 # ---------------------------------------------------------------------------------------------- one epoch
 
 
+def compute_loss(network, x, y, args, device):
+    """The loss of a network for waveforms (B, C, N) of mixture and target."""
+    X, Y = magnitudes(x, args, device), magnitudes(y, args, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+        Y_hat = network(X)
+    # axes in the order of memory, as the gradient of a loss has them: otherwise it would be copied
+    return LOSS(Y_hat.float().permute(3, 0, 1, 2), Y.permute(3, 0, 1, 2))
+
+
 def train(network, optimizer, loader, args, device, name):
     """One pass over the training examples; returns the mean loss. Raises UserError when it is not finite."""
     network.train()
@@ -241,34 +260,31 @@ def train(network, optimizer, loader, args, device, name):
     losses = []
     with tqdm(total=len(loader) * size, desc=name, unit=" examples", leave=False, disable=args.quiet) as bar:
         for step, (x, y) in enumerate(loader):
-            X, Y = magnitudes(x, args, device), magnitudes(y, args, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                Y_hat = network(X)
             # the mean over the whole batch, however many of its examples are here: DDP averages over processes
-            loss = LOSS(Y_hat.float(), Y) * (len(x) * world / size)
+            loss = compute_loss(network, x, y, args, device) * (len(x) * world / size)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-            if device.type == "cpu" or step % 10 == 9:  # to read the loss is to wait for the GPU
-                bar.set_postfix(loss=f"{check_finite(losses, optimizer, args, name):.4f}", refresh=False)
             bar.update(size)
-            if args.dry_run:
+            last = step + 1 == len(loader) or args.dry_run
+            if last or device.type == "cpu" or step % 10 == 9:  # to read the losses is to wait for the GPU
+                check_finite(torch.stack(losses), name, optimizer.param_groups[0]["lr"], args)
+                bar.set_postfix(loss=f"{losses[-1].item():.4f}", refresh=False)
+            if last:
                 break
-    check_finite(losses, optimizer, args, name)
     return average(torch.stack(losses).double().mean())
 
 
-def check_finite(losses, optimizer, args, name):
-    """The last of the losses; raises UserError if one of them is not finite."""
-    for step, loss in enumerate(losses[-10:], start=max(1, len(losses) - 9)):
-        if not torch.isfinite(loss):
-            lr = optimizer.param_groups[0]["lr"]
-            raise UserError(
-                f"{name}, step {step}: the loss is {loss.item()} at learning rate {lr:g}; the best model so far is kept; "
-                f"try a lower rate{' or no --amp' * args.amp}: {command_to_continue(args)} --lr {lr / 10:g}"
-            )
-    return losses[-1].item()
+def check_finite(losses, name, lr, args):
+    """Raise UserError if one of the losses is not finite: training stops, and the last checkpoint stays."""
+    finite = losses.isfinite()
+    if not finite.all():
+        step = finite.int().argmin().item()
+        raise UserError(
+            f"{name}, step {step + 1}: the loss is {losses[step].item()} at learning rate {lr:g}; the best model so far is "
+            f"kept; lower the rate{' or leave out --amp' * args.amp}: {command_to_continue(args)} --lr {lr / 10:g}"
+        )
 
 
 @torch.no_grad()
@@ -279,10 +295,8 @@ def validate(network, dataset, args, device):
     size = 1 if args.dry_run else len(dataset)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for index in range(rank, size, world):
-        X, Y = (magnitudes(audio[None], args, device) for audio in dataset[index])
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            Y_hat = network(X)
-        total += LOSS(Y_hat.float(), Y)
+        x, y = dataset[index]
+        total += compute_loss(network, x[None], y[None], args, device)
     return average(total * world / size)
 
 
@@ -297,17 +311,13 @@ def average(value):
 # ---------------------------------------------------------------------------------------------- one target
 
 
-def make_optimizer(network, args):
-    return torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-
-
 class Training:
     """The training of one target: all that an epoch changes, and how it is saved, shown and taken up again."""
 
     def __init__(self, args, target, network, device, statistics=None):
         self.args, self.target, self.device, self.statistics = args, target, device, statistics
         self.network = network.to(device)
-        self.optimizer = make_optimizer(network, args)
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
         plateau = dict(factor=args.lr_decay_gamma, patience=args.lr_decay_patience, cooldown=10)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **plateau)
         self.stopping = EarlyStopping(args.patience)
@@ -339,9 +349,12 @@ class Training:
             loader.batch_sampler.epoch = self.epoch
             train_loss = train(network, self.optimizer, loader, args, self.device, name)
             valid_loss = validate(self.network, valid_set, args, self.device)
-            if not math.isfinite(valid_loss):
-                raise UserError(f"{name}: the validation loss is {valid_loss}; the best model so far is kept; try a lower --lr")
-            self.note(train_loss, valid_loss, time.time() - start, lr)
+            check_finite(torch.tensor([valid_loss]), f"{name}, validation", lr, args)
+            for values, value in zip(self.history.values(), (train_loss, valid_loss, time.time() - start, lr)):
+                values.append(value)
+            self.scheduler.step(valid_loss)
+            if self.stopping.step(valid_loss):
+                self.best_epoch = self.epoch
             if rank == 0:
                 self.save()
             if log:
@@ -356,14 +369,6 @@ class Training:
                 return
         if self.stopping.stop:
             print(f"{self.target}: stopped early, after {self.stopping.bad_epochs} epochs without a lower validation loss")
-
-    def note(self, train_loss, valid_loss, seconds, lr):
-        """Take an epoch's result into the histories, the learning rate and early stopping."""
-        for values, value in zip(self.history.values(), (train_loss, valid_loss, seconds, lr)):
-            values.append(value)
-        self.scheduler.step(valid_loss)
-        if self.stopping.step(valid_loss):
-            self.best_epoch = self.epoch
 
     def save(self):
         """Write weights (of the best epoch), record, curves and, last, the checkpoint: a kill in between repeats the epoch."""
@@ -459,17 +464,6 @@ def set_up(args):
     return device
 
 
-def in_turn(function, *arguments):
-    """Call a function in one process after the other: what the first one fetches or decodes, the next ones find."""
-    rank, _, world = process_rank()
-    for turn in range(world):
-        if turn == rank:
-            result = function(*arguments)
-        if world > 1:
-            dist.barrier()
-    return result
-
-
 def make_network(args, statistics):
     """A new network, initialised from --seed."""
     torch.manual_seed(args.seed)
@@ -507,7 +501,9 @@ def prepare_folder(args):
     settings = dict(sample_rate=args.sample_rate, nfft=args.nfft, nhop=args.nhop, nb_channels=args.nb_channels)
     others = sorted({path.stem for path in folder.glob("*.json")} - {"separator", *args.target})
     if others and (folder / "separator.json").exists() and load(folder / "separator.json") != settings:
-        raise UserError(f"{folder}: holds {', '.join(others)} with another STFT, sample rate or channel count; choose another --output")
+        raise UserError(
+            f"{folder}: holds {', '.join(others)} with another STFT, sample rate or channel count; choose another --output"
+        )
     try:
         for target in args.target:
             put_aside(folder, target, args)
@@ -529,7 +525,8 @@ def put_aside(folder, target, args):
         free = next(n for n in itertools.count(1) if not any(f"{target}-{n}{suffix}" in taken for suffix in suffixes))
         for path in earlier:
             os.replace(path, place / f"{target}-{free}{path.suffix}")
-        print(f"the earlier training of {target} is now {place}/{target}-{free}.*; {command_to_continue(args)} would have continued it")
+        command = command_to_continue(args)
+        print(f"the earlier training of {target} is now {place}/{target}-{free}.*; {command} would have continued it")
 
 
 def train_targets(args, given):
@@ -537,7 +534,12 @@ def train_targets(args, given):
     device, networks, statistics = set_up(args), {}, None
     if args.model and not args.checkpoint:
         networks = networks_to_fine_tune(args, given)
-    train_tracks, valid_tracks, sample_rate, mix = in_turn(index_dataset, args)
+    rank, _, world = process_rank()
+    for turn in range(world):  # what the first process fetches or decodes, the next ones find
+        if turn == rank:
+            train_tracks, valid_tracks, sample_rate, mix = index_dataset(args)
+        if world > 1:
+            dist.barrier()
     args.sample_rate = args.sample_rate or sample_rate
     print(f"{len(train_tracks)} training tracks, {len(valid_tracks)} validation tracks, {args.sample_rate} Hz")
     tracks = train_tracks, valid_tracks, args.sample_rate, mix
@@ -550,7 +552,7 @@ def train_targets(args, given):
         trainings.append(Training(args, target, network, device, statistics))
         if args.checkpoint:
             trainings[-1].restore(given)
-    if process_rank()[0] == 0 and not args.checkpoint:
+    if rank == 0 and not args.checkpoint:
         prepare_folder(args)
         for training in trainings:
             training.save()
@@ -558,7 +560,7 @@ def train_targets(args, given):
         for training in trainings:
             training.run(*datasets[training.target][:2])
     except KeyboardInterrupt:
-        if process_rank()[0] == 0:
+        if rank == 0:
             place, command = training.path(".chkpnt"), command_to_continue(args)
             print(f"\ninterrupted; {place} holds all but this epoch; continue with: {command}", file=sys.stderr)
         sys.exit(130)
@@ -574,7 +576,7 @@ def main():
     except RuntimeError as error:
         if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise UserError(f"another process of this training ended: see its message; continue with: {command_to_continue(args)}") from None
+        raise UserError(f"another process of this training ended; continue with: {command_to_continue(args)}") from None
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:

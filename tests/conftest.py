@@ -17,7 +17,7 @@ from utils import import_torchaudio, save, use_ffmpeg
 
 FOLDER = Path(__file__).parents[1]
 EXCERPT = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run in two processes
 use_ffmpeg()
 import_torchaudio()  # so that openunmix, which imports it, can
 

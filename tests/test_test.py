@@ -297,8 +297,12 @@ def test_finding_songs(tmp_path, monkeypatch):
     assert names("d.wav", "d.mp3") == [("d.mp3", "d.mp3"), ("d.wav", "d.wav")]  # neither takes the other's place
     assert names("d.wav", "./d.wav", "d.w*") == [("d.wav", "d")]
     assert names("**/c.*") == [("x/b/c.flac", "c.flac"), ("x/c.mp3", "c.mp3")]
+    assert names("x/a.wav", "x/b/a.MP3", "x/c.mp3") == [("x/a.wav", "a.wav"), ("x/b/a.MP3", "a.MP3"), ("x/c.mp3", "c")]
+    Path("x/b/a.wav").touch()
+    assert names("x/a.wav", "x/b/../b/a.wav") == [("x/a.wav", "x/a"), ("x/b/../b/a.wav", "b/a")]
+    Path("x/b/a.wav").unlink()
     assert names("[e].ogg") == [("[e].ogg", "[e]")]  # a name before a pattern
-    with pytest.raises(UserError, match="c.mp3: another input is also named c.mp3"):
+    with pytest.raises(UserError, match="c.mp3: another input is also named x/c.mp3"):
         names("x", "x/c.mp3", "x/b/../c.mp3")
     with pytest.raises(UserError, match=r"\*.aif: no audio files there"):
         names("*.aif")

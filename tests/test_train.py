@@ -1,301 +1,610 @@
-"""train.py: exact resume, several processes, nothing lost, precision, records; on tiny songs."""
+"""train.py: exact resume, several processes, what is kept and said; on tiny songs and small networks."""
 
+import functools
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import FOLDER, run_script
+from conftest import FOLDER, make_model
 
-import train as train_script
-from data import RandomMixes, index_musdb
-from model import load_separator, stft
-from train import EpochBatches, parse_args
-from utils import UserError, load
+import train
+from model import ConvUnmix, OpenUnmix, load_networks, load_separator
+from utils import UserError, load, run, save
 
-SMALL = ["--hidden-size", "16", "--nfft", "512", "--nhop", "256", "--seq-dur", "0.5", "--samples-per-track", "2", "--batch-size", "4"]
-
-
-def train(cwd, root, *flags, code=0, **kwargs):
-    return run_script("train.py", "--root", root, *SMALL, *flags, cwd=cwd, code=code, **kwargs)
+SMALL = ["--hidden-size", 16, "--nfft", 512, "--nhop", 128, "--seq-dur", 0.5, "--samples-per-track", 2, "--batch-size", 4]
+HISTORIES = ("train_loss_history", "valid_loss_history", "lr_history")
 
 
-def result(folder, target="vocals"):
-    """What must be the same after an interruption: all weights, histories and learning rates."""
-    checkpoint = load(folder / f"{target}.chkpnt")
-    best = load(folder / f"{target}.pth")
-    histories = [checkpoint[f"{name}_history"] for name in ("train_loss", "valid_loss", "lr")]
-    return {**checkpoint["state_dict"], **{f"best {name}": value for name, value in best.items()}}, histories
+@pytest.fixture()
+def call(tmp_path, monkeypatch, capsys, musdb_root):
+    """Run train.py's main in this process and in tmp_path; returns (exit code, stdout, stderr). --root is the tiny songs."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, small=SMALL):
+        data = [] if "--checkpoint" in arguments else ["--root", musdb_root, *small]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*data, *arguments])])
+        try:
+            run(train.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    yield call
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def same(a, b):
-    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+def checkpoint(folder, target="vocals"):
+    return torch.load(Path(folder, f"{target}.chkpnt"), weights_only=True)
+
+
+def equal(a, b, ignore=("args", "train_time_history")):
+    """Whether two checkpoints hold the same to the bit, but for the seconds that epochs took."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key not in ignore)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------------------------------------- real processes
+
+PROCESSES = multiprocessing.get_context("forkserver")  # each is forked from one that has imported train.py already
+PROCESSES.set_forkserver_preload(["train"])
+START = """
+import multiprocessing, os, sys, train
+os.dup2(os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), os.dup2(1, 2)
+multiprocessing.set_start_method("fork", force=True)
+os.chdir({folder!r})
+os.environ.update({environment!r})
+train.torch.set_num_threads(1)
+sys.argv = {command!r}
+{first}
+train.run(train.main)
+"""
+
+
+def start(folder, *arguments, first="", **environment):
+    """Begin `python train.py ...` in a process of its own, after the code `first`; what it says goes to folder/log."""
+    command, log = ["train.py", *map(str, arguments)], str(folder / "log")
+    code = START.format(log=log, folder=str(folder), environment=environment, command=command, first=first)
+    process = PROCESSES.Process(target=exec, args=(code, {"__name__": "started"}))
+    process.start()
+    return process
+
+
+def finish(*processes, timeout=60):
+    for process in processes:
+        process.join(timeout)
+        assert process.exitcode is not None, "still running"
+    return [process.exitcode for process in processes]
+
+
+BUSY = [*SMALL, "--epochs", 6, "--lr", 5, "--lr-decay-patience", 0]  # the rate falls, the best epoch is not the last
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(musdb_root, tmp_path_factory):
-    """Six epochs in one go."""
+def uninterrupted(tmp_path_factory, musdb_root):
+    """(checkpoint, weights) of a training in one go."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(folder, musdb_root, "--epochs", 6)
-    return folder / "open-unmix"
+    assert finish(start(folder, "--root", musdb_root, *BUSY)) == [0]
+    found = checkpoint(folder / "open-unmix")
+    assert found["epochs_trained"] == 6 and len(set(found["lr_history"])) > 1, found["valid_loss_history"]
+    return found, load(folder / "open-unmix" / "vocals.pth")
 
 
-# ------------------------------------------------------------------------------------------------------------ resume
+def go_on(folder, musdb_root, *arguments, first=""):
+    """Start or continue the training of `uninterrupted`, whichever it is time for."""
+    if (folder / "open-unmix" / "vocals.chkpnt").exists():
+        return start(folder, "--checkpoint", "open-unmix", first=first)
+    return start(folder, "--root", musdb_root, *BUSY, *arguments, first=first)
 
 
-def test_same_command_same_numbers(uninterrupted, musdb_root, tmp_path):
-    train(tmp_path, musdb_root, "--epochs", 6)
-    assert same(result(uninterrupted), result(tmp_path / "open-unmix"))
+def assert_same(folder, uninterrupted):
+    assert equal(checkpoint(folder), uninterrupted[0])
+    assert equal(load(folder / "vocals.pth"), uninterrupted[1])
+    record = json.loads((folder / "vocals.json").read_text())
+    assert all(record[name] == uninterrupted[0][name] for name in (*HISTORIES, "best_loss", "best_epoch", "epochs_trained"))
+    assert len(record["train_time_history"]) == 6
 
 
-def test_resume_after_some_epochs(uninterrupted, musdb_root, tmp_path):
-    train(tmp_path, musdb_root, "--epochs", 2)
-    printed, _ = run_script("train.py", "--checkpoint", "open-unmix", "--epochs", 4, cwd=tmp_path)
-    assert "vocals epoch 3/4" in printed and "vocals epoch 2/4" not in printed
-    run_script("train.py", "--checkpoint", "open-unmix", "--epochs", 6, cwd=tmp_path)
-    assert same(result(uninterrupted), result(tmp_path / "open-unmix"))
-    record = json.loads((tmp_path / "open-unmix" / "vocals.json").read_text())
-    assert record["epochs_trained"] == 6 and all(len(record[f"{n}_history"]) == 6 for n in ("train_loss", "valid_loss", "train_time", "lr"))
-    assert len(record["input_statistics"]["mean"]) == 257  # taken over, not computed again
+@pytest.mark.parametrize("workers,interruption", [(0, signal.SIGINT), (1, signal.SIGTERM)])
+def test_interrupted_at_random_moments(workers, interruption, uninterrupted, musdb_root, tmp_path):
+    """Killed and interrupted several times, the training ends with the same bits."""
+    rng, file, codes = random.Random(workers), tmp_path / "open-unmix" / "vocals.chkpnt", []
+    for number in (signal.SIGKILL, interruption, signal.SIGKILL):
+        before = file.exists() and file.stat().st_mtime_ns
+        process = go_on(tmp_path, musdb_root, "--nb-workers", workers)
+        while process.exitcode is None and (not file.exists() or file.stat().st_mtime_ns == before):
+            time.sleep(0.002)  # until it has got on, and a little further
+        time.sleep(rng.uniform(0, 0.4))
+        os.kill(process.pid, number)
+        codes += finish(process)
+    assert codes == [-signal.SIGKILL, 130, -signal.SIGKILL]
+    assert finish(go_on(tmp_path, musdb_root)) == [0]
+    assert_same(tmp_path / "open-unmix", uninterrupted)
 
 
-def start(cwd, *command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
-    command = [sys.executable, str(FOLDER / "train.py"), *map(str, command)]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+KILLED = """
+import signal, pathlib
+calls, write, replace = [0], pathlib.Path.write_bytes, os.replace
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def half(path, content):
+    calls[0] += 1
+    write(path, content[:len(content) // 2] if calls[0] == {number} else content)
+    calls[0] == {number} and kill()
+def replace_and_kill(*paths):
+    calls[0] += 1
+    replace(*paths)
+    calls[0] == {number} and kill()
+{patch}
+"""
 
 
-def test_resume_after_kills_at_random_moments(uninterrupted, musdb_root, tmp_path):
-    """kill -9, again and again, until the training gets through: the same bits as without."""
-    rng, kills = random.Random(1), 0
-    command = ["--root", musdb_root, *SMALL, "--epochs", 6]
-    while True:
-        process = start(tmp_path, *command)
-        checkpoint, deadline = tmp_path / "open-unmix" / "vocals.chkpnt", time.time() + 60
-        while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.01)
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and checkpoint.stat().st_mtime_ns == before and time.time() < deadline:
-            time.sleep(0.002)  # until it has got on by an epoch, and a little further
-        time.sleep(rng.uniform(0, 0.15))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        command = ["--checkpoint", "open-unmix"]
-    assert process.returncode == 0, process.communicate()[1]
-    assert kills >= 2
-    assert same(result(uninterrupted), result(tmp_path / "open-unmix"))
+def test_killed_while_writing(uninterrupted, musdb_root, tmp_path):
+    """Whichever file is half written, or was just renamed, when the process is killed: the next one goes on."""
+    half, after = "pathlib.Path.write_bytes = half", "os.replace = replace_and_kill"
+    for patch, number in ((half, 2), (after, 2), (half, 1), (after, 3)):
+        process = go_on(tmp_path, musdb_root, first=KILLED.format(number=number, patch=patch))
+        assert finish(process) == [-signal.SIGKILL]
+    assert finish(go_on(tmp_path, musdb_root)) == [0]
+    assert_same(tmp_path / "open-unmix", uninterrupted)
+    assert not list((tmp_path / "open-unmix").glob(".*")) and not (tmp_path / "open-unmix" / "previous").exists()
 
 
-def test_ctrl_c_says_how_to_continue(uninterrupted, musdb_root, tmp_path):
-    process = start(tmp_path, "--root", musdb_root, *SMALL, "--epochs", 6)
-    while not (tmp_path / "open-unmix" / "vocals.pth").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate()
-    assert process.returncode == 130
-    assert "--checkpoint open-unmix" in complaint and "Traceback" not in complaint
-    run_script("train.py", "--checkpoint", "open-unmix", cwd=tmp_path)
-    assert same(result(uninterrupted), result(tmp_path / "open-unmix"))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_says_how_to_go_on(number, musdb_root, tmp_path):
+    process = start(tmp_path, "--root", musdb_root, *SMALL, "--output", "my model", "--epochs", 1000)
+    while not (tmp_path / "my model" / "vocals.json").exists():
+        assert process.exitcode is None
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert finish(process) == [130]
+    log = (tmp_path / "log").read_text()
+    assert "interrupted; my model/vocals.chkpnt holds all but this epoch" in log
+    assert "continue with: python train.py --checkpoint 'my model'" in log and "Traceback" not in log
 
 
-# --------------------------------------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------------------------------- several processes
+
+NO_DROPOUT = """
+import model
+made = model.OpenUnmix.__init__
+def make(self, *args, **kwargs):
+    made(self, *args, **kwargs)
+    self.lstm.dropout = 0.0
+model.OpenUnmix.__init__ = make
+"""
 
 
-def test_batches_do_not_depend_on_the_number_of_processes(monkeypatch):
-    def batches(rank, world, epoch):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        sampler = EpochBatches(22, 5, seed=3)
-        sampler.epoch = epoch
-        return list(sampler)
+def train_in(processes, folder, *arguments, first=""):
+    """Train in several processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if processes > 1 else {}
+    ranks = [dict(world, RANK=str(rank), LOCAL_RANK=str(rank)) if world else {} for rank in range(processes)]
+    return [start(folder, *arguments, first=first, **rank) for rank in ranks]
 
-    for epoch in (0, 7):
-        whole = batches(0, 1, epoch)
-        assert len(whole) == 4 and all(len(batch) == 5 for batch in whole)
-        assert len({index for batch in whole for index in batch}) == 20 and all(epoch * 22 <= i < (epoch + 1) * 22 for b in whole for i in b)
-        shares = [batches(rank, 3, epoch) for rank in range(3)]
-        assert [sorted(sum((share[step] for share in shares), [])) for step in range(4)] == [sorted(batch) for batch in whole]
-    assert batches(0, 1, 0) != [[i - 22 for i in batch] for batch in batches(0, 1, 1)]
+
+@pytest.mark.parametrize("arch,parts", [("blstm", [(2, 4)]), ("conv", [(3, 1), (1, 2), (2, 4)])])
+def test_processes_share_a_training(arch, parts, musdb_root, tmp_path):
+    """Two processes have the losses of one to 1e-5 over several epochs, as has a training that changes their number."""
+    flags = ["--root", musdb_root, *SMALL, "--batch-size", 5, "--arch", arch]
+    for name, steps in (("one", [(1, 4)]), ("several", parts)):
+        for processes, epochs in steps:
+            command = ["--checkpoint", name] if (tmp_path / name).exists() else [*flags, "--output", name]
+            started = train_in(processes, tmp_path, *command, "--epochs", epochs, first=NO_DROPOUT if arch == "blstm" else "")
+            assert finish(*started) == [0] * processes, (tmp_path / "log").read_text()
+    one, several = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "several")
+    for history in HISTORIES:
+        np.testing.assert_allclose(several[history], one[history], rtol=1e-5, err_msg=history)
+    np.testing.assert_allclose(several["input_statistics"]["scale"], one["input_statistics"]["scale"], rtol=1e-9)
+    log = (tmp_path / "log").read_text()
+    assert log.count("vocals epoch 4/4  train") == 2  # only the first process prints
+    assert "2 processes" in log and "Warning" not in log
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux to find the processes")
+def test_torchrun_and_a_lost_process(musdb_root, tmp_path):
+    """A process that is killed ends the job: one line of ours says how to go on, and the checkpoint is whole."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(FOLDER / "train.py")]
+    command += map(str, ["--root", musdb_root, *SMALL, "--epochs", 1000])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = iter(job.stdout.readline, "")
+    assert any("vocals epoch 1/1000  train" in line for line in lines), job.communicate()
+    processes = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(processes) == 2
+    os.kill(int(processes[1]), signal.SIGKILL)
+    _, complaint = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "error: another process of this training ended; continue with: torchrun ... " in complaint
+    assert f'File "{FOLDER}/' not in complaint  # no traceback of ours
+    found = checkpoint(tmp_path / "open-unmix")
+    assert found["epochs_trained"] == len(found["valid_loss_history"]) >= 1
+
+
+def test_batches_are_shared_out(monkeypatch):
+    """Each step's examples are the same for any number of processes, each once in an epoch; epochs differ."""
+
+    def epochs(world):
+        shares = []
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", str(world))
+            batches, share = train.EpochBatches(23, 5, seed=3), []
+            for batches.epoch in range(3):
+                share.append(list(batches))
+            shares.append(share)
+        return [[sorted(sum(step, [])) for step in zip(*epoch)] for epoch in zip(*shares)]
+
+    assert epochs(1) == epochs(2) == epochs(5)
+    for number, epoch in enumerate(epochs(1)):
+        examples = sum(epoch, [])
+        assert len(examples) == len(set(examples)) == 20 and set(examples) < set(range(23 * number, 23 * number + 23))
+    monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(UserError, match="--batch-size 5: is less than the number of processes, 6"):
-        batches(0, 6, 0)
+        train.EpochBatches(23, 5, seed=3)
 
 
-def torchrun(cwd, *flags, processes=2, code=0):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(FOLDER / "train.py"), *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code or code, done.stdout + done.stderr
-    return done
+# ---------------------------------------------------------------------------------------------- continuing
 
 
-def test_two_processes_equal_one(musdb_root, tmp_path):
-    """Without dropout (--arch conv): the same losses to 1e-5, batch norm included; then on with one process."""
-    flags = ["--root", musdb_root, *SMALL, "--arch", "conv", "--epochs", 3]
-    run_script("train.py", *flags, "--output", "one", cwd=tmp_path)
-    done = torchrun(tmp_path, *flags, "--output", "two")
-    assert done.stdout.count("conv") == 0 and done.stdout.count("vocals epoch 3/3") == 1  # only the first process prints
-    run_script("train.py", "--checkpoint", "one", "--epochs", 4, cwd=tmp_path)
-    run_script("train.py", "--checkpoint", "two", "--epochs", 4, cwd=tmp_path)
-    one, two = (result(tmp_path / name)[1] for name in ("one", "two"))
-    for a, b in zip(one[:2], two[:2]):
-        np.testing.assert_allclose(a[:3], b[:3], rtol=1e-5)
-        np.testing.assert_allclose(a[3], b[3], rtol=1e-4)  # rounding grows from epoch to epoch
+def test_checkpoint_keeps_the_flags(call):
+    flags = [
+        "--seed",
+        7,
+        "--unidirectional",
+        "--weight-decay",
+        0.01,
+        "--source-augmentations",
+        "gain",
+        "--target",
+        "bass",
+        "drums",
+        "--mask",
+        "relu",
+    ]
+    assert call(*flags, "--epochs", 1)[0] == 0
+    code, printed, _ = call("--checkpoint", "open-unmix", "--epochs", 2, "--lr", 1e-4, "--weight-decay", 0)
+    assert code == 0 and "bass epoch 2/2" in printed and "drums epoch 2/2" in printed and "epoch 1/2" not in printed
+    for target in ("bass", "drums"):
+        found = checkpoint("open-unmix", target)
+        args = found["args"]
+        assert (args["seed"], args["unidirectional"], args["mask"], args["target"]) == (7, True, "relu", ["bass", "drums"])
+        assert args["source_augmentations"] == ["gain"] and args["sample_rate"] == 44100 and args["checkpoint"] == "open-unmix"
+        assert found["lr_history"] == [0.001, 1e-4] and found["epochs_trained"] == 2
+        assert found["optimizer"]["param_groups"][0]["weight_decay"] == 0  # given by hand
+    assert call("--checkpoint", "open-unmix", "--epochs", 2)[1].count("epoch") == 0  # nothing left to do
 
 
-def test_one_lost_process_ends_the_job(musdb_root, tmp_path):
-    """With a clear line, and a checkpoint to go on from."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import os, signal, sys, train, utils\n"
-        "validate = train.validate\n"
-        "def dies(network, *rest):\n"
-        "    if os.environ['RANK'] == '1' and os.path.exists('open-unmix/vocals.pth'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return validate(network, *rest)\n"
-        "train.validate = dies\n"
-        "utils.run(train.main)\n"
+def test_determinism(call):
+    """The same final validation loss, and the same weights, twice."""
+    for output in ("a", "b"):
+        assert call("--output", output, "--epochs", 2)[0] == 0
+    assert equal(checkpoint("a"), checkpoint("b"))
+    assert call("--output", "c", "--epochs", 2, "--seed", 1)[0] == 0
+    assert checkpoint("a")["valid_loss_history"] != checkpoint("c")["valid_loss_history"]
+
+
+def test_earlier_trainings_are_kept(call):
+    call("--epochs", 1, "--target", "vocals", "bass")
+    before = {path.name: path.read_bytes() for path in Path("open-unmix").iterdir()}
+    for number in (1, 2):
+        code, printed, _ = call("--epochs", 1, "--seed", number)
+        line = next(line for line in printed.splitlines() if "previous" in line)
+        assert code == 0 and "python train.py --checkpoint open-unmix would have continued it" in line
+        assert f"the earlier training of vocals is now open-unmix/previous/vocals-{number}.*" in line
+    previous = {path.name: path.read_bytes() for path in Path("open-unmix/previous").iterdir()}
+    assert sorted(previous) == [f"vocals-{n}.{suffix}" for n in (1, 2) for suffix in ("chkpnt", "json", "png", "pth")]
+    assert all(previous[f"vocals-1.{suffix}"] == before[f"vocals.{suffix}"] for suffix in ("chkpnt", "json", "png", "pth"))
+    assert Path("open-unmix/bass.chkpnt").read_bytes() == before["bass.chkpnt"]
+    assert call("--epochs", 1, "--overwrite")[0] == 0
+    assert len(list(Path("open-unmix/previous").iterdir())) == 8
+    code, _, complaint = call("--target", "drums", "--nfft", 1024)
+    assert code == 2 and "open-unmix: holds bass, vocals with another STFT" in complaint
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere: holds no training (expected nowhere/vocals.chkpnt)"),
+        (["--checkpoint", "model"], "--checkpoint model: holds no training"),
+        (["--checkpoint", "trained", "--overwrite"], "--overwrite: is not for --checkpoint"),
+        (["--checkpoint", "trained", "--model", "umx"], "--model: is not for --checkpoint"),
+        (["--checkpoint", "trained", "--hidden-size", "24"], "trained/vocals.chkpnt: does not fit this training"),
+        (["--checkpoint", "trained", "--target", "bass"], "trained/bass.chkpnt: no such file"),
+        (["--checkpoint", "strange"], "strange/vocals.chkpnt: is not a checkpoint of train.py"),
+        (["--checkpoint", "broken"], "broken/vocals.chkpnt: is damaged"),
+        (["--checkpoint", "pickle"], "pickle/vocals.chkpnt: is damaged"),
+        (["--input-file", "x.wav"], "--input-file: is not used with --dataset musdb"),
+        (["--dataset", "synthetic", "--is-wav"], "--is-wav: is not used with --dataset synthetic"),
+        (["--dataset", "aligned", "--target", "vocals"], "--target: is not used with --dataset aligned"),
+        (["--hidden-size", "20"], "--hidden-size 20: must be a multiple of 8"),
+        (["--target", "../x"], "--target ../x: no such source in the data"),
+        (["--model", "model", "--hidden-size", "24"], "--hidden-size 24: model has 16; leave the flag out"),
+        (["--model", "model", "--target", "piano"], "model: has no target 'piano'; it has vocals"),
+        (
+            ["--output", "file"],
+            "file/separator.json: could not be written (File exists); free some space or choose another folder",
+        ),
+        (["--lr", "0"], "--lr: 0 is out of range"),
+        (["--no-cuda"], "unrecognized arguments: --no-cuda"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, call, tmp_path):
+    assert call("--dry-run", "--output", "trained")[0] == 0
+    make_model(tmp_path / "model", targets=("vocals",), nfft=512)
+    Path("file").write_text("")
+    for name, content in (("strange", {"x": torch.zeros(2)}), ("broken", None), ("pickle", {"args": Path("x")})):
+        Path(name).mkdir()
+        torch.save(content, f"{name}/vocals.chkpnt")
+    Path("broken/vocals.chkpnt").write_bytes(Path("trained/vocals.chkpnt").read_bytes()[:5000])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    code, _, complaint = call(*flags)
+    lines = complaint.replace("\r", "\n").splitlines()
+    assert code == 2 and [line for line in lines if "error" in line] == [lines[-1]] and f"error: {message}" in lines[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_full_disk(call, musdb_root, tmp_path):
+    """No room for the next checkpoint: one line, exit code 2, and the last good one stays whole."""
+    assert call("--epochs", 1)[0] == 0
+    before = {path: path.read_bytes() for path in Path("open-unmix").iterdir()}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    assert finish(start(tmp_path, "--checkpoint", "open-unmix", "--epochs", 3, first=limit)) == [2]
+    log = (tmp_path / "log").read_text()
+    assert "could not be written (File too large); free some space or choose another folder" in log and "Traceback" not in log
+    assert before == {path: path.read_bytes() for path in Path("open-unmix").iterdir()}
+    assert call("--checkpoint", "open-unmix", "--epochs", 2)[0] == 0
+
+
+def test_loss_that_is_not_finite(call):
+    assert call("--epochs", 1)[0] == 0
+    before = checkpoint("open-unmix"), Path("open-unmix/vocals.pth").read_bytes()
+    code, _, complaint = call("--checkpoint", "open-unmix", "--epochs", 3, "--lr", 1e20)
+    assert (
+        code == 2
+        and "error: vocals epoch 2, step 2: the loss is nan at learning rate 1e+20; the best model so far is kept" in complaint
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
-    command += [str(driver), "--root", str(musdb_root), *SMALL, "--arch", "conv", "--epochs", "5"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONPATH": str(FOLDER)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "--checkpoint open-unmix" in done.stderr
-    assert load(tmp_path / "open-unmix" / "vocals.chkpnt")["epochs_trained"] >= 1
+    assert "lower the rate: python train.py --checkpoint open-unmix --lr 1e+19" in complaint
+    assert equal(checkpoint("open-unmix"), before[0]) and Path("open-unmix/vocals.pth").read_bytes() == before[1]
 
 
-# --------------------------------------------------------------------------------------------------- nothing is lost
+@pytest.mark.parametrize("patience", [0, 2, 4])
+def test_early_stopping_and_plateau(patience, call, monkeypatch):
+    """As openunmix's early stopping and PyTorch's scheduler decide; the state survives a resume."""
+    their = pytest.importorskip("openunmix").utils.EarlyStopping(patience=patience or 10**9)
+    losses = [5, 4, 4.5, 4.5, 3, 3.5, 3, 2.5, 3, 3, 3, 3, 3, 3]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.001)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, cooldown=10)
+    rates = []
+    for epochs, loss in enumerate(losses, 1):  # what should come out
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(loss)
+        if their.step(loss):
+            break
+    monkeypatch.setattr(train, "train", lambda *_: 1.0)
+    monkeypatch.setattr(train, "validate", lambda *_: float(next(remaining)))
+    remaining = iter(losses)
+    flags = ["--patience", patience, "--lr-decay-patience", 1, "--lr-decay-gamma", 0.5]
+    assert call(*flags, "--epochs", 3)[0] == 0
+    code, printed, _ = call("--checkpoint", "open-unmix", "--epochs", len(losses))
+    record = json.loads(Path("open-unmix/vocals.json").read_text())
+    assert code == 0 and record["valid_loss_history"] == losses[:epochs] and record["lr_history"] == rates
+    assert record["best_loss"] == min(losses[:epochs]) and record["best_epoch"] == losses.index(record["best_loss"]) + 1
+    assert record["num_bad_epochs"] == epochs - record["best_epoch"]
+    assert ("stopped early" in printed) == (epochs < len(losses)) and (epochs == len(losses) or patience)
 
 
-def test_an_earlier_training_is_moved_aside(uninterrupted, musdb_root, tmp_path):
-    for turn in range(3):
-        printed, _ = train(tmp_path, musdb_root, "--epochs", 1, "--seed", turn)
-        assert ("previous" in printed) == (turn > 0)
-    previous = sorted(path.name for path in (tmp_path / "open-unmix" / "previous").iterdir())
-    assert previous == [f"vocals-{n}.{suffix}" for n in (1, 2) for suffix in ("chkpnt", "json", "png", "pth")]
-    assert load(tmp_path / "open-unmix" / "previous" / "vocals-2.json")["args"]["seed"] == 1
-    train(tmp_path, musdb_root, "--epochs", 1, "--overwrite")
-    assert len(list((tmp_path / "open-unmix" / "previous").iterdir())) == 8
-
-
-def test_unwritable_folder(musdb_root, tmp_path):
-    (tmp_path / "file").write_text("")
-    _, complaint = train(tmp_path, musdb_root, "--output", "file/model", code=2)
-    assert complaint.strip().splitlines()[-1].startswith("error: file/model")
-
-
-def test_disk_full_keeps_the_last_checkpoint(musdb_root, tmp_path):
-    train(tmp_path, musdb_root, "--epochs", 1)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "open-unmix").iterdir()}
-    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
-    code += "import sys, train, utils; sys.argv = ['train.py', '--checkpoint', 'open-unmix', '--epochs', '3']; utils.run(train.main)"
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
-    assert {path.name: path.read_bytes() for path in (tmp_path / "open-unmix").iterdir()}["vocals.chkpnt"] == before["vocals.chkpnt"]
-    assert not [path for path in (tmp_path / "open-unmix").iterdir() if path.name.endswith(".part")]
-
-
-def test_a_loss_that_is_not_finite_stops(musdb_root, tmp_path):
-    _, complaint = train(tmp_path, musdb_root, "--mask", "relu", "--lr", "1e30", "--epochs", 5, code=2)
-    line = complaint.strip().splitlines()[-1]
-    assert "the loss is" in line and "step" in line and "learning rate 1e+30" in line and "try a lower" in line
-
-
-# ---------------------------------------------------------------------------------------------------------- the rest
-
-
-def test_early_stopping(musdb_root, tmp_path):
-    printed, _ = train(tmp_path, musdb_root, "--lr", "1e-12", "--patience", 2, "--epochs", 30, "--weight-decay", 0)
-    record = load(tmp_path / "open-unmix" / "vocals.json")
-    assert record["epochs_trained"] < 30 and record["num_bad_epochs"] == 2 and "stopped early" in printed
-    assert record["best_loss"] == min(record["valid_loss_history"])
-    assert record["valid_loss_history"][record["best_epoch"] - 1] == record["best_loss"]
-
-
-def test_several_targets_share_the_statistics(musdb_root, tmp_path, monkeypatch, capsys):
-    calls = []
-    statistics = train_script.input_statistics
-    monkeypatch.setattr(train_script, "input_statistics", lambda *arguments: calls.append(1) or statistics(*arguments))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--root", str(musdb_root), *SMALL, "--epochs", "1", "--target", "vocals", "bass", "--quiet"])
-    train_script.main()
-    assert len(calls) == 1
-    assert len(capsys.readouterr().out.strip().splitlines()) == 1  # --quiet: the last line only
-    assert load_separator(tmp_path / "open-unmix").targets == ["vocals", "bass"]
+# ---------------------------------------------------------------------------------------------- what is trained
 
 
 def test_input_statistics(musdb_root):
-    """Equal to a straight float64 computation over all frames to 1e-6."""
-    args, _ = parse_args(["--root", str(musdb_root), "--nfft", "512", "--nhop", "256"])
-    from data import WholeTracks
-
-    tracks = index_musdb(musdb_root, "train")
-    dataset = WholeTracks(tracks, "vocals", 44100)
-    found = train_script.input_statistics(dataset, args, torch.device("cpu"))
-    frames = torch.cat([stft(x, 512, 256).abs().double().mean(0) for x, _ in dataset], dim=1).numpy()
-    np.testing.assert_allclose(found["mean"], frames.mean(1), rtol=1e-6)
-    scale = np.maximum(frames.std(1), 1e-4 * frames.std(1).max())
-    np.testing.assert_allclose(found["scale"], scale, rtol=1e-6)
-
-
-def test_bfloat16_is_close(musdb_root, tmp_path):
-    losses = []
-    for flag in ([], ["--amp"]):
-        train(tmp_path, musdb_root, "--epochs", 4, "--output", f"m{len(flag)}", *flag)
-        losses.append(load(tmp_path / f"m{len(flag)}" / "vocals.json")["valid_loss_history"][-1])
-    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+    """Mean and deviation of all frames, as scikit-learn's StandardScaler has them, by numpy in float64: to 1e-6."""
+    args = train.parse_args(["--root", str(musdb_root), "--nfft", "1024", "--nhop", "256", "--quiet"])[0]
+    files = sorted(musdb_root.glob("train/*/mixture.wav"))
+    songs = [soundfile.read(path, dtype="float32")[0].T for path in files]
+    found = train.input_statistics([(torch.from_numpy(song.copy()), None) for song in songs], args, torch.device("cpu"))
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    frames = []
+    for song in songs:
+        padded = np.pad(song.astype(np.float64), ((0, 0), (512, 512)), mode="reflect")
+        pieces = np.lib.stride_tricks.sliding_window_view(padded, 1024, axis=1)[:, ::256]
+        frames.append(np.abs(np.fft.rfft(pieces * window)).mean(0))
+    frames = np.concatenate(frames)  # (T, F)
+    np.testing.assert_allclose(found["mean"], frames.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["scale"], np.sqrt(frames.var(0)), rtol=1e-6)
 
 
-def test_other_architecture_and_causal_model(musdb_root, tmp_path):
-    train(tmp_path, musdb_root, "--epochs", 1, "--arch", "conv", "--unidirectional")
-    network = load_separator(tmp_path / "open-unmix").target_models["vocals"]
-    assert type(network).__name__ == "ConvUnmix" and network.unidirectional and network.mask == "sigmoid"
+def test_several_targets(call, monkeypatch):
+    """The data are indexed and the statistics computed once; each target has its model."""
+    calls = []
+    for name in ("input_statistics", "index_dataset"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    code, printed, _ = call("--target", "vocals", "drums", "bass", "other", "vocals", "--epochs", 1)
+    assert (
+        code == 0 and sorted(calls) == ["index_dataset", "input_statistics"] and "trained vocals, drums, bass, other" in printed
+    )
+    assert load_separator("open-unmix").targets == ["vocals", "drums", "bass", "other"]
+    records = [json.loads(Path(f"open-unmix/{target}.json").read_text()) for target in ("vocals", "other")]
+    assert records[0]["input_statistics"] == records[1]["input_statistics"]
+    assert records[0]["valid_loss_history"] != records[1]["valid_loss_history"]
 
 
-def test_fine_tuning(uninterrupted, musdb_root, tmp_path):
-    flags = ["--root", musdb_root, "--seq-dur", 0.5, "--samples-per-track", 2, "--batch-size", 4, "--epochs", 1, "--lr", 1e-6]
-    run_script("train.py", *flags, "--model", uninterrupted, cwd=tmp_path)
-    tuned = load(tmp_path / "open-unmix" / "vocals.json")
-    assert tuned["args"]["nfft"] == 512 and tuned["args"]["hidden_size"] == 16  # the weights' settings
-    assert tuned["valid_loss_history"][0] == pytest.approx(load(uninterrupted / "vocals.json")["best_loss"], rel=0.05)
-    _, complaint = run_script("train.py", *flags, "--model", uninterrupted, "--nfft", 1024, cwd=tmp_path, code=2)
-    assert "--nfft" in complaint
+@pytest.mark.parametrize("arch,kind", [("blstm", OpenUnmix), ("conv", ConvUnmix)])
+@pytest.mark.parametrize("unidirectional", [False, True])
+def test_architectures(arch, kind, unidirectional, call):
+    """The model folder records network and direction; a unidirectional one knows nothing of the future."""
+    assert call("--arch", arch, *["--unidirectional"] * unidirectional, "--epochs", 1, "--bandwidth", 12000)[0] == 0
+    record = json.loads(Path("open-unmix/vocals.json").read_text())
+    assert record["args"]["arch"] == arch and record["args"]["unidirectional"] is unidirectional
+    network = load_networks("open-unmix")[0]["vocals"]
+    assert type(network) is kind and network.unidirectional is unidirectional and network.mask == "sigmoid"
+    assert network.max_bin == sum(bin * 44100 / 512 <= 12000 for bin in range(257))
+    assert arch == "conv" or network.lstm.bidirectional is not unidirectional
+    x = torch.rand(1, 2, 257, 50)
+    changed = x.clone()
+    changed[..., 30:] = 0
+    with torch.no_grad():
+        same = torch.equal(network(x)[..., :30], network(changed)[..., :30])
+    assert same == unidirectional
+
+
+def test_fine_tuning(call, tmp_path):
+    """From a folder's weights, with its settings; into the same folder; goes on when the weights are elsewhere."""
+    make_model(tmp_path / "open-unmix", targets=("vocals", "bass"), hidden_size=24, nfft=1024, sample_rate=22050)
+    before = load(tmp_path / "open-unmix" / "vocals.pth")
+    flags = ["--target", "vocals", "bass", "--model", "open-unmix", "--epochs", 1, "--lr", 1e-12, "--weight-decay", 0]
+    code, printed, complaint = call(*flags, small=SMALL[6:])
+    assert code == 0, complaint
+    assert "22050 Hz" in printed and "the earlier training of vocals is now open-unmix/previous/vocals-1.*" in printed
+    record = json.loads(Path("open-unmix/vocals.json").read_text())
+    settings = {name: record["args"][name] for name in ("hidden_size", "nfft", "nhop", "mask", "sample_rate", "bandwidth")}
+    assert settings == dict(
+        hidden_size=24, nfft=1024, nhop=256, mask="relu", sample_rate=22050, bandwidth=math.ceil(371 * 22050 / 1024)
+    )
+    after = load("open-unmix/vocals.pth")
+    for name in before:
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
+    assert call("--checkpoint", "open-unmix", "--epochs", 2)[0] == 0
+    assert load_networks("open-unmix")[0]["bass"].hidden_size == 24
+
+
+def test_bfloat16(call):
+    """--amp: the validation loss of a short training stays within 2 % of float32's."""
+    for output, flags in (("float32", []), ("bfloat16", ["--amp"])):
+        code, printed, _ = call("--output", output, "--epochs", 4, *flags)
+        assert code == 0 and output in printed.splitlines()[0]
+    losses = [checkpoint(output)["valid_loss_history"][-1] for output in ("float32", "bfloat16")]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert all(value.dtype != torch.bfloat16 for value in load("bfloat16/vocals.pth").values())
 
 
 def test_presets():
-    tutorial, _ = parse_args([])
-    assert tutorial.preset == "tutorial" and tutorial.hidden_size == 256 and tutorial.weight_decay == 1e-5
-    published, _ = parse_args(["--root", "x"])
-    names = ("epochs", "patience", "batch_size", "seq_dur", "samples_per_track", "lr", "weight_decay", "lr_decay_patience", "lr_decay_gamma")
-    assert [getattr(published, name) for name in names] == [1000, 140, 16, 6.0, 64, 0.001, 1e-5, 80, 0.3]
-    assert (published.hidden_size, published.bandwidth, published.source_augmentations) == (512, 16000, ["gain", "channelswap"])
-    assert parse_args(["--epochs", "7"])[0].epochs == 7  # given by hand: wins over the preset
-    assert parse_args(["--preset", "umx"])[0].epochs == 1000
+    """The defaults are the published recipe; without --root a small one; flags given by hand win."""
+    recipe = dict(epochs=1000, patience=140, batch_size=16, seq_dur=6.0, samples_per_track=64, lr=1e-3, weight_decay=1e-5)
+    recipe.update(
+        lr_decay_patience=80, lr_decay_gamma=0.3, hidden_size=512, bandwidth=16000, nfft=4096, nhop=1024, nb_channels=2
+    )
+    recipe.update(source_augmentations=["gain", "channelswap"], mask="sigmoid", arch="blstm", target=["vocals"], seed=42)
+    for arguments in (["--root", "x"], ["--preset", "umx"]):
+        args = train.parse_args(arguments)[0]
+        assert {name: getattr(args, name) for name in recipe} == recipe and args.preset == "umx"
+    small = train.parse_args([])[0]
+    assert small.preset == "tutorial" and small.epochs < 50 and small.hidden_size < 512
+    assert train.parse_args(["--root", "x", "--preset", "tutorial"])[0].epochs == small.epochs
+    by_hand = train.parse_args(["--epochs", "7", "--hidden-size=64"])[0]
+    assert (by_hand.epochs, by_hand.hidden_size, by_hand.batch_size) == (7, 64, small.batch_size)
 
 
-def test_training_learns(uninterrupted):
-    history = load(uninterrupted / "vocals.json")["train_loss_history"]
-    assert history[-1] < history[0] and all(math.isfinite(loss) for loss in history)
+def test_dry_run(call, monkeypatch):
+    """One batch, one validation track, one save."""
+    seen = []
+    real = train.magnitudes
+    monkeypatch.setattr(train, "magnitudes", lambda x, *args: seen.append(len(x)) or real(x, *args))
+    assert call("--dry-run")[0] == 0
+    assert seen == [1, 4, 4, 1, 1]  # statistics, batch, validation
+    assert checkpoint("open-unmix")["epochs_trained"] == 1 and Path("open-unmix/vocals.pth").exists()
 
 
-def test_examples_of_two_epochs_differ(musdb_root):
-    dataset = RandomMixes(index_musdb(musdb_root, "train"), "vocals", 44100, seq_dur=0.5, samples_per_track=2)
-    assert not torch.equal(dataset[0][0], dataset[len(dataset)][0])
+# ---------------------------------------------------------------------------------------------- what one sees
+
+
+def test_record_and_lines(call, monkeypatch):
+    monkeypatch.setattr(train, "tqdm", functools.partial(train.tqdm, mininterval=0))
+    code, printed, shown = call("--epochs", 3)
+    record = json.loads(Path("open-unmix/vocals.json").read_text())
+    lines = [line for line in printed.splitlines() if line.startswith("vocals epoch")]
+    for number, line in enumerate(lines):
+        train_loss, valid_loss, lr = (record[name][number] for name in HISTORIES)
+        assert (
+            line.startswith(f"vocals epoch {number + 1}/3  train {train_loss:.4f}  valid {valid_loss:.4f}  best ")
+            and f"lr {lr:.2g}" in line
+        )
+    assert len(lines) == 3 and "input statistics" in shown and "examples/s" in shown and "loss=" in shown
+    assert record["epochs_trained"] == 3 and record["best_loss"] == min(record["valid_loss_history"])
+    assert all(len(record[name]) == 3 for name in (*HISTORIES, "train_time_history")) and min(record["train_time_history"]) > 0
+    assert set(record["args"]) == set(vars(train.parse_args([])[0])) and record["versions"]["torch"] == torch.__version__
+    git = subprocess.run(["git", "-C", FOLDER, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    assert record["commit"] == (git.stdout.strip() or None)
+    assert json.loads(Path("open-unmix/separator.json").read_text()) == {
+        "sample_rate": 44100,
+        "nfft": 512,
+        "nhop": 128,
+        "nb_channels": 2,
+    }
+
+
+def test_quiet(call):
+    code, printed, shown = call("--epochs", 2, "--quiet")
+    assert (code, shown) == (0, "") and printed.startswith("trained vocals: open-unmix/. Next: ") and printed.count("\n") == 1
+
+
+def test_curves(call, monkeypatch, tmp_path):
+    """Both losses, the best epoch and the steps of the learning rate."""
+    pictures = []
+    monkeypatch.setattr(train, "save_figure", lambda picture, path: pictures.append(picture))
+    history = {
+        "train_loss_history": [5.0, 3, 2, 1.5],
+        "valid_loss_history": [6.0, 2.5, 4, 3],
+        "lr_history": [1e-3, 1e-3, 3e-4, 3e-4],
+    }
+    train.plot_curves(history, 2, "vocals", tmp_path / "x.png")
+    axis = pictures[0].axes[0]
+    curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    assert curves[:2] == [([1, 2, 3, 4], history["train_loss_history"]), ([1, 2, 3, 4], history["valid_loss_history"])]
+    assert curves[2] == ([2], [2.5]) and curves[3][0] == [3, 3] and [text.get_text() for text in axis.texts] == [" lr 0.0003"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["train loss", "valid loss", "best: 2.5 in epoch 2"]
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    assert call("--epochs", 1)[0] == 0
+    assert (
+        Path("open-unmix/vocals.png").read_bytes().startswith(b"\x89PNG")
+        and Path("open-unmix/vocals.png").stat().st_size > 10_000
+    )
+
+
+def test_tensorboard(call, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert call("--epochs", 2, "--tensorboard")[0] == 0 and call("--checkpoint", "open-unmix", "--epochs", 3)[0] == 0
+    events = EventAccumulator("open-unmix/vocals.tensorboard").Reload()
+    for name, history in (("loss/train", "train_loss_history"), ("loss/valid", "valid_loss_history"), ("lr", "lr_history")):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        np.testing.assert_allclose([found[1], found[2], found[3]], checkpoint("open-unmix")[history], rtol=1e-6)
+
+
+def test_tensorboard_missing(call, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    code, _, complaint = call("--tensorboard")
+    assert code == 2 and "error: --tensorboard: needs the package tensorboard (pip install tensorboard)" in complaint
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_cuda(musdb_root, tmp_path):
-    printed, _ = train(tmp_path, musdb_root, "--epochs", 2, "--device", "cuda")
-    assert "TF32" in printed
-    run_script("train.py", "--checkpoint", "open-unmix", "--epochs", 3, "--device", "cpu", cwd=tmp_path)
+def test_cuda(call):
+    """Two trainings on a GPU are equal to the bit, the second one continued; their losses are the CPU's to 1 %."""
+    for output, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
+        epochs = [3] if output != "two" else [1, 3]
+        assert call("--output", output, "--device", device, "--epochs", epochs[0])[0] == 0
+        assert len(epochs) == 1 or call("--checkpoint", output, "--epochs", epochs[1])[0] == 0
+    assert equal(checkpoint("one"), checkpoint("two"))
+    np.testing.assert_allclose(checkpoint("one")["valid_loss_history"], checkpoint("cpu")["valid_loss_history"], rtol=0.01)

@@ -348,7 +348,7 @@ def oracle(method, mixture, sources, stems):
         S = torch.stack([spectrum(source) for source in sources.values()])  # (J, C, F, T)
         level = X.abs().amax().view(1, 1, 1, 1)
         blocks = zip(S.split(BLOCK, dim=-2), X.split(BLOCK, dim=-2))  # bins are independent: a few at a time, to save memory
-        Y = [expectation_maximization(s[None].cdouble(), x[None].cdouble(), 1, level)[0].cfloat() for s, x in blocks]
+        Y = [expectation_maximization(s[None], x[None], 1, level)[0] for s, x in blocks]
         Y = torch.cat(Y, dim=-2)
     elif method == "ibm":
         Y = (X * (2 * spectrum(source).abs() >= X.abs()) for source in sources.values())

@@ -304,7 +304,7 @@ ARCHITECTURES = {"blstm": OpenUnmix, "conv": ConvUnmix}
 # ---------------------------------------------------------------------------------------------- Wiener filter
 
 EPS = 1e-10  # regularisation, as in the published system (norbert takes it as an argument)
-BLOCK = 32  # bins: few enough for a core's cache, many enough to keep Python idle
+BLOCK = 64  # bins: few enough for a core's cache, many enough to keep Python idle
 
 
 def wiener(magnitudes, mixture, niter=1, softmask=False, eps=EPS):
@@ -313,8 +313,8 @@ def wiener(magnitudes, mixture, niter=1, softmask=False, eps=EPS):
     Each source is a Gaussian with a power per frame and bin and a spatial covariance per bin; EM alternates between
     estimating both and filtering. The algorithm is norbert's and its numbers are the same, with two differences: it
     always regularises relative to the loudest bin of each batch item, so that scaling mixture and magnitudes scales
-    the estimates alike however quiet they are, and it computes in double precision whatever the input, because the
-    channels of near-mono bins cancel in single precision. Differentiable.
+    the estimates alike however quiet they are, and it computes covariances in double precision whatever the input,
+    because the channels of near-mono bins cancel in single precision. Differentiable.
 
     Args:
         magnitudes: (B, J, C, F, T) real, in the unit of the mixture.
@@ -333,12 +333,12 @@ def wiener(magnitudes, mixture, niter=1, softmask=False, eps=EPS):
         return initial_estimates(magnitudes, mixture, softmask)
 
     def separate(magnitudes, mixture, level):
-        x = mixture.to(torch.complex128)
-        return expectation_maximization(initial_estimates(magnitudes.double(), x, softmask), x, niter, level, eps)
+        V, X = (x.movedim(-2, 1).contiguous().movedim(1, -2) for x in (magnitudes, mixture))  # in memory (B, F, ..., T)
+        return expectation_maximization(initial_estimates(V, X, softmask), X, niter, level, eps)
 
     level = mixture.abs().amax((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     if mixture.device.type != "cpu" or torch.is_grad_enabled() and (magnitudes.requires_grad or mixture.requires_grad):
-        return separate(magnitudes, mixture, level).to(mixture.dtype)
+        return separate(magnitudes, mixture, level)
 
     # Bins are independent: on a CPU, each thread takes a block of them at a time, small enough to stay in its cache.
     batch, bins = len(magnitudes), magnitudes.shape[3]
@@ -365,37 +365,49 @@ def ratio_mask(V):
 
 
 def expectation_maximization(y, x, niter, level, eps=EPS):
-    """Improve estimates y (B, J, C, F, T) of the sources of x (B, C, F, T) `niter` times, in double precision.
+    """Improve estimates y (B, J, C, F, T) of the sources of x (B, C, F, T) `niter` times.
 
     level: (B, 1, 1, 1), the loudest magnitude of x, which eps is relative to (norbert scales x to 10 instead).
     """
-    power = (level.double() / 10).clamp_min(1e-20).square()  # (B, 1, 1, 1)
+    unit = (level / 10).clamp_min(1e-15).square()  # (B, 1, 1, 1): the powers' unit
     x = x.movedim(2, 1).contiguous()  # (B, F, C, T): each step is one matrix product per bin
     y = y.movedim(3, 1).contiguous()  # (B, F, J, C, T)
     for _ in range(niter):
-        v = (y.real.square() + y.imag.square()).mean(-2)  # power of each source (B, F, J, T)
-        weight = eps * power + v.sum(-1, keepdim=True)  # (B, F, J, 1)
-        R = y @ y.mH / weight.unsqueeze(-1)  # spatial covariance of each source (B, F, J, C, C)
-        P = torch.einsum("bfjcd,bfjt->bfcdt", R, v.to(R.dtype))  # covariance of the mixture (B, F, C, C, T)
-        z = solve(P, eps**0.5 * power, x)  # (B, F, C, T)
-        y = v.unsqueeze(-2) * torch.einsum("bfjcd,bfdt->bfjct", R, z)  # (B, F, J, C, T)
+        v = (y.real.square() + y.imag.square()).mean(-2) / unit  # power of each source (B, F, J, T)
+        weight = unit * (eps + v.sum(-1, keepdim=True, dtype=torch.float64)).unsqueeze(-1)  # (B, F, J, 1, 1)
+        R = y.to(torch.complex128)
+        R = R @ R.mH / weight  # spatial covariance of each source (B, F, J, C, C)
+        y = filter_sources(v, R, x, eps**0.5)
     return y.movedim(1, 3)
 
 
-def solve(P, ridge, x):
-    """(P + ridge I)^-1 x for Hermitian P (B, F, C, C, T), ridge (B, 1, 1, 1) and x (B, F, C, T)."""
-    C = x.shape[-2]
-    if C == 1:
-        return x * (P[:, :, 0].real + ridge).reciprocal()
-    if C == 2:  # (adj P + ridge I) / det(P + ridge I), expanded so that rounding in det P cannot swallow the ridge
-        x0, x1 = x[..., :1, :], x[..., 1:, :]
-        p00, p11 = P[..., 0, :1, :].real, P[..., 1, 1:, :].real
-        p01, p10 = P[..., 0, 1:, :], P[..., 1, :1, :]
-        det = (p00 * p11 - p01.real.square() - p01.imag.square()).clamp_min(0) + ridge * (p00 + p11 + ridge)
-        adj_x = torch.cat([p11 * x0 - p01 * x1, p00 * x1 - p10 * x0], dim=-2)
-        return (adj_x + ridge * x) * det.reciprocal()  # a complex product is several times faster than a quotient
-    A = P.movedim(-1, -3) + ridge.unsqueeze(-1) * torch.eye(C, device=x.device)  # (B, F, T, C, C)
-    return torch.linalg.solve(A, x.mT.unsqueeze(-1)).squeeze(-1).mT
+def filter_sources(v, R, x, ridge):
+    """v_j R_j (sum over l of v_l R_l + ridge I)^-1 x: each source's share of the mixture.
+
+    Args:
+        v: (B, F, J, T) powers; R: (B, F, J, C, C) covariances, in double precision; x: (B, F, C, T) mixture;
+        ridge: keeps the inverse finite.
+    Returns:
+        (B, F, J, C, T) in the mixture's dtype.
+    """
+    C, T = x.shape[-2:]
+    identity = torch.eye(C, dtype=R.dtype, device=R.device)
+    if C != 2:
+        P = torch.einsum("bfjt,bfjcd->bftcd", v.to(R.dtype), R) + ridge * identity  # (B, F, T, C, C)
+        z = torch.linalg.solve(P, x.mT.unsqueeze(-1).to(R.dtype)).squeeze(-1).mT  # (B, F, C, T)
+        return (v.unsqueeze(3) * torch.einsum("bfjcd,bfdt->bfjct", R, z)).to(x.dtype)
+    # The ridge is one more source, as loud everywhere. A 2 x 2 inverse is adj / det, and both are made of products of two
+    # sources, R_j adj(R_l) and half its trace. What cancels does so within them, in double precision and once per bin:
+    # per frame there are only sums of positive terms for det, and single precision is enough.
+    v = torch.cat([v, torch.full_like(v[:, :, :1], ridge)], dim=2)  # (B, F, J + 1, T)
+    R = torch.cat([R, identity.expand_as(R[:, :, :1])], dim=2)  # (B, F, J + 1, C, C)
+    adj = R.flip(-2, -1).mT * (2 * identity.real - 1)  # [[a, b], [c, d]] -> [[d, -b], [-c, a]]
+    pairs = torch.einsum("bfjac,bflcd->bfjald", R, adj)  # (B, F, J + 1, C, J + 1, C)
+    halves = pairs.diagonal(dim1=3, dim2=5).sum(-1).real.to(v.dtype) / 2  # (B, F, J + 1, J + 1)
+    det = (halves @ v * v).sum(2, keepdim=True)  # (B, F, 1, T)
+    parts = (v.unsqueeze(3) * x.unsqueeze(2)).flatten(2, 3)  # v_l x_d (B, F, (J + 1) * C, T)
+    y = pairs[:, :, :-1].flatten(2, 3).flatten(3, 4).to(x.dtype) @ parts  # (B, F, J * C, T)
+    return y.unflatten(2, (-1, C)) * (v[:, :, :-1] / det).unsqueeze(3)
 
 
 def norbert_wiener(magnitudes, mixture, niter=1):
@@ -465,7 +477,8 @@ class Separator(nn.Module):
 
     def stack(self, magnitudes):
         """What the networks estimate, (B, C, F, T) each, or (B, K * C, F, T) of K sources: (B, J, C, F, T)."""
-        return torch.cat([v.unflatten(1, (-1, self.nb_channels)) for v in magnitudes], dim=1)
+        V = [v.unflatten(1, (-1, self.nb_channels)).permute(4, 0, 1, 2, 3) for v in magnitudes]  # (T, B, K, C, F), as in memory
+        return torch.cat(V, dim=2).permute(1, 2, 3, 4, 0)
 
     def filter(self, V, X):
         """One window: the networks' magnitudes V (B, J, C, F, T), mixture X (B, C, F, T) -> spectra (B, J, C, F, T)."""

@@ -526,32 +526,40 @@ def save_figure(picture, path):
 
 
 def plot_spectrograms(levels, sample_rate, n_hop, path):
-    """Draw the log-magnitude spectrograms of a mixture and its stems, one below the other, on a logarithmic frequency axis.
+    """Draw the log-magnitude spectrograms of a mixture and its stems, and beside each stem's its mask.
 
     Args:
-        levels: {name: (F, T) magnitudes on a linear scale}; the loudest of all is 0 dB.
+        levels: {name: (F, T) magnitudes on a linear scale}, the mixture first; the loudest of all is 0 dB. A mask is a
+            stem's part of the mixture.
         sample_rate: in Hz; n_hop: samples from frame to frame; path: the PNG to write.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 
-    picture, axes = figure(len(levels), 1, (11, 0.6 + 1.6 * len(levels)), sharex=True)
+    picture, axes = figure(len(levels), 2, (14, 0.7 + 1.7 * len(levels)), sharex=True, sharey=True)
     nb_bins, frames = next(iter(levels.values())).shape
     seconds, low, high = frames * n_hop / sample_rate, 40, sample_rate / 2  # frequencies in Hz
     rows = np.geomspace(low, high, 400) / high * (nb_bins - 1)  # a row of the picture has the loudest bin from here to the next
-    loudest = max(max(float(level.max()) for level in levels.values()), 1e-9)
-    step = next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 12), 1800)
-    for axis, (name, level) in zip(axes[:, 0], levels.items()):
-        image = np.maximum.reduceat(np.asarray(level), rows.round().astype(int))
-        image = 20 * np.log10(np.maximum(image / loudest, 1e-9))
-        extent = (0, seconds, math.log10(low), math.log10(high))
-        drawn = axis.imshow(image, origin="lower", aspect="auto", extent=extent, vmin=-70, vmax=0, cmap="magma")
-        axis.set_ylabel("kHz")
-        axis.yaxis.set_major_locator(FixedLocator([math.log10(hz) for hz in (100, 1000, 10000) if hz < high]))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{10**y / 1000:g}"))
+    images = {name: np.maximum.reduceat(np.asarray(level), rows.round().astype(int)) for name, level in levels.items()}
+    mixture, *_ = images.values()
+    loudest = max(max(image.max() for image in images.values()), 1e-9)
+    drawing = dict(origin="lower", aspect="auto", extent=(0, seconds, math.log10(low), math.log10(high)))
+    for (left, right), (name, image) in zip(axes, images.items()):
+        level = 20 * np.log10(np.maximum(image / loudest, 1e-9))
+        levels_drawn = left.imshow(level, **drawing, vmin=-70, vmax=0, cmap="magma")
+        left.set_ylabel("kHz")
         box = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 3}
-        axis.text(0.008, 0.92, name, color="white", weight="bold", va="top", transform=axis.transAxes, bbox=box)
-    axis.xaxis.set_major_locator(MultipleLocator(step))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{int(s // 60)}:{s % 60:02.0f}"))
-    axis.set_xlabel("time (min:s)")
-    picture.colorbar(drawn, ax=list(axes[:, 0]), label="dB re loudest", pad=0.01, aspect=40)
+        left.text(0.008, 0.92, name, color="white", weight="bold", va="top", transform=left.transAxes, bbox=box)
+        if image is mixture:
+            right.set_axis_off()
+        else:
+            masks_drawn = right.imshow(image / np.maximum(mixture, 1e-9), **drawing, vmin=0, vmax=1, cmap="gray")
+            right.text(0.008, 0.92, f"mask of {name}", color="white", weight="bold", va="top", transform=right.transAxes, bbox=box)
+    left.yaxis.set_major_locator(FixedLocator([math.log10(hz) for hz in (100, 1000, 10000) if hz < high]))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{10**y / 1000:g}"))
+    left.xaxis.set_major_locator(MultipleLocator(next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 8), 1800)))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{int(s // 60)}:{s % 60:02.0f}"))
+    for axis in axes[-1]:
+        axis.set_xlabel("time (min:s)")
+    picture.colorbar(levels_drawn, ax=list(axes[:, 0]), label="dB re loudest", pad=0.01, aspect=40)
+    picture.colorbar(masks_drawn, ax=list(axes[:, 1]), label="part of the mixture", pad=0.01, aspect=40)
     save_figure(picture, path)

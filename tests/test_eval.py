@@ -522,7 +522,7 @@ def many(songs, tmp_path_factory):
 def test_results_do_not_depend_on_the_number_of_processes(many, tmp_path):
     flags = ["--root", str(many), "--method", "mwf", "--targets", "vocals", "accompaniment"]
     printed, _ = run_script("eval.py", *flags, "--evaldir", "one", cwd=tmp_path, threads=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", FOLDER / "eval.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", FOLDER / "eval.py"]
     command = [*torchrun, *flags, "--evaldir", "four", "--workers", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -269,7 +269,8 @@ def lstm_in_blocks(lstm, h, block=1024):
             own, starts = output.chunk(directions, -1)[direction], range(0, len(h), block)
             for start in reversed(starts) if direction else starts:  # the second direction runs backwards in time
                 part = slice(start, start + block)
-                y, *state = torch.lstm(h[part].flip(0) if direction else h[part], state, weights, True, 1, 0.0, False, False, False)
+                x = h[part].flip(0) if direction else h[part]
+                y, *state = torch.lstm(x, state, weights, True, 1, 0.0, False, False, False)
                 own[part] = y.flip(0) if direction else y
 
         in_parallel(run, range(directions))
@@ -396,9 +397,9 @@ def filter_sources(v, R, x, ridge):
         P = torch.einsum("bfjt,bfjcd->bftcd", v.to(R.dtype), R) + ridge * identity  # (B, F, T, C, C)
         z = torch.linalg.solve(P, x.mT.unsqueeze(-1).to(R.dtype)).squeeze(-1).mT  # (B, F, C, T)
         return (v.unsqueeze(3) * torch.einsum("bfjcd,bfdt->bfjct", R, z)).to(x.dtype)
-    # The ridge is one more source, as loud everywhere. A 2 x 2 inverse is adj / det, and both are made of products of two
-    # sources, R_j adj(R_l) and half its trace. What cancels does so within them, in double precision and once per bin:
-    # per frame there are only sums of positive terms for det, and single precision is enough.
+    # The ridge is one more source, equally loud everywhere. A 2 x 2 inverse is adj / det, and both are sums over pairs of
+    # sources, of R_j adj(R_l) and of half its trace. What cancels does so within these, once per bin and in double
+    # precision; det is a sum of positive terms, for which single precision is enough in every frame.
     v = torch.cat([v, torch.full_like(v[:, :, :1], ridge)], dim=2)  # (B, F, J + 1, T)
     R = torch.cat([R, identity.expand_as(R[:, :, :1])], dim=2)  # (B, F, J + 1, C, C)
     adj = R.flip(-2, -1).mT * (2 * identity.real - 1)  # [[a, b], [c, d]] -> [[d, -b], [-c, a]]
@@ -416,7 +417,8 @@ def norbert_wiener(magnitudes, mixture, niter=1):
 
     Y = []
     for V, X in zip(magnitudes, mixture):  # norbert's axes are (T, F, C, J), and it scales its input in place
-        v, x = V.permute(3, 2, 1, 0).double().cpu().numpy(), X.permute(2, 1, 0).to(torch.complex128, copy=True).cpu().numpy()
+        v, x = V.permute(3, 2, 1, 0).double(), X.permute(2, 1, 0).to(torch.complex128, copy=True)
+        v, x = v.cpu().numpy(), x.cpu().numpy()
         Y.append(torch.from_numpy(norbert.wiener(v, x, niter, use_softmask=False, eps=EPS)).permute(3, 2, 1, 0))
     return torch.stack(Y).to(mixture)
 
@@ -453,8 +455,8 @@ class Separator(nn.Module):
     ):
         super().__init__()
         self.target_models = nn.ModuleDict(target_models)
-        self.targets = [source for name, network in target_models.items() for source in getattr(network, "sources", [name])]
-        self.targets += ["residual"] * residual
+        sources = (getattr(network, "sources", [target]) for target, network in target_models.items())
+        self.targets = [*itertools.chain(*sources)] + ["residual"] * residual
         self.niter, self.softmask, self.residual, self.wiener_win_len = niter, softmask, residual, wiener_win_len
         self.sample_rate, self.n_fft, self.n_hop = sample_rate, n_fft, n_hop
         self.nb_channels = next(iter(target_models.values())).nb_channels
@@ -477,8 +479,8 @@ class Separator(nn.Module):
 
     def stack(self, magnitudes):
         """What the networks estimate, (B, C, F, T) each, or (B, K * C, F, T) of K sources: (B, J, C, F, T)."""
-        V = [v.unflatten(1, (-1, self.nb_channels)).permute(4, 0, 1, 2, 3) for v in magnitudes]  # (T, B, K, C, F), as in memory
-        return torch.cat(V, dim=2).permute(1, 2, 3, 4, 0)
+        V = [v.unflatten(1, (-1, self.nb_channels)).permute(4, 0, 1, 2, 3) for v in magnitudes]  # (T, B, K, C, F)
+        return torch.cat(V, dim=2).permute(1, 2, 3, 4, 0)  # joined in the order of memory
 
     def filter(self, V, X):
         """One window: the networks' magnitudes V (B, J, C, F, T), mixture X (B, C, F, T) -> spectra (B, J, C, F, T)."""
@@ -517,7 +519,7 @@ class Separator(nn.Module):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
                     return work(target, self.target_models[target])
 
-            return in_parallel(run, self.target_models) if device.type == "cpu" else [run(target) for target in self.target_models]
+            return in_parallel(run, self.target_models) if device.type == "cpu" else [*map(run, self.target_models)]
 
         hidden, position = {}, 0  # {target: (T, B, H)}
         for X in stft_blocks(blocks(), block, self.n_fft, self.n_hop):
@@ -555,12 +557,13 @@ class Separator(nn.Module):
 # ---------------------------------------------------------------------------------------------- loading
 
 MUSIC = {"sample_rate": 44100, "nfft": 4096, "nhop": 1024, "nb_channels": 2, "hidden_size": 512}
+LARGE = {**MUSIC, "hidden_size": 1024}
 SPEECH = {"sample_rate": 16000, "nfft": 1024, "nhop": 512, "nb_channels": 1, "hidden_size": 256}
 # The published weights: Zenodo record, files (the hex digits start their SHA-256), settings; see https://zenodo.org.
 PUBLISHED = {
     "umx": (3370486, ("vocals-c8df74a5", "drums-5a48008b", "bass-646024d3", "other-f8e132cc"), MUSIC),
     "umxhq": (3370489, ("vocals-b62c91ce", "drums-9619578f", "bass-8d85a5bd", "other-b52fbbf7"), MUSIC),
-    "umxl": (5069601, ("vocals-bccbd9aa", "drums-69e0ebd4", "bass-2ca1ce51", "other-c8c5b3e6"), {**MUSIC, "hidden_size": 1024}),
+    "umxl": (5069601, ("vocals-bccbd9aa", "drums-69e0ebd4", "bass-2ca1ce51", "other-c8c5b3e6"), LARGE),
     "umxse": (3786908, ("speech_f5e0d9f9", "noise_04a6fc2d"), SPEECH),
 }
 ZENODO = "https://zenodo.org/records/{record}/files/{name}.pth"
@@ -639,7 +642,8 @@ def make_network(args, path, settings, device="cpu"):
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no weights; replace it")
     # the oldest published files also hold the window of their STFT layer
-    state = {name: value for name, value in state.items() if name not in ("stft.window", "transform.0.window", "sample_rate")}
+    extra = {"stft.window", "transform.0.window", "sample_rate"}
+    state = {name: value for name, value in state.items() if name not in extra}
     if "input_mean" not in state or "fc2.weight" not in state:
         raise UserError(f"{path}: lacks input_mean or fc2.weight: not the weights of an Open-Unmix network")
     if args.get("arch", "blstm") not in ARCHITECTURES:

@@ -57,13 +57,14 @@ def find_songs(inputs, outdir):
     names, outdir = {}, Path(outdir).absolute()
     for item in inputs:
         if Path(item).is_dir():  # a folder's songs keep their place below it
-            found = {path: path.relative_to(item).parent / song_name(path) for path in Path(item).rglob("*") if outdir not in path.absolute().parents}
+            paths = [path for path in Path(item).rglob("*") if outdir not in path.absolute().parents]
+            found = {path: path.relative_to(item).parent / song_name(path) for path in paths}
         elif glob.has_magic(item) and not Path(item).exists():
             found = {Path(path): song_name(Path(path)) for path in glob.glob(item, recursive=True)}
         else:
             names[Path(item)] = song_name(Path(item))
             continue
-        found = {p: str(n) for p, n in found.items() if p.suffix.lower() in AUDIO and not p.name.startswith("._") and p.is_file()}
+        found = {path: str(name) for path, name in found.items() if is_audio(path)}
         if not found:
             raise UserError(f"{item}: no audio files there but what may be in --outdir ({' '.join(sorted(AUDIO))})")
         names.update(found)
@@ -76,6 +77,10 @@ def find_songs(inputs, outdir):
         if taken[name] > 1:
             raise UserError(f"{path}: another input is also named {name}; separate them into different --outdir")
     return songs
+
+
+def is_audio(path):
+    return path.suffix.lower() in AUDIO and not path.name.startswith("._") and path.is_file()
 
 
 def tell_apart(name, paths):
@@ -115,7 +120,8 @@ class Stem:
             try:
                 self.encoded = stack.enter_context(soundfile.SoundFile(self.part, "w", **form, subtype=subtype, format=kind))
             except soundfile.LibsndfileError as error:
-                raise UserError(f"{path}: {kind} can't hold {stream.rate} Hz ({error.error_string}); try --ext flac or wav") from error
+                reason = f"{kind} can't hold {stream.rate} Hz ({error.error_string})"
+                raise UserError(f"{path}: {reason}; try --ext flac or wav") from error
         stack.enter_context(self.audio)
 
     def write(self, samples):
@@ -133,10 +139,12 @@ class Stem:
         for block in self.audio.blocks(1 << 16, dtype="float32", always_2d=True):
             self.encoded.write(block / max(1.0, self.peak))
         self.encoded.close()
-        if sum(map(len, soundfile.blocks(self.part, 1 << 16))) < length:  # the encoders' last bytes, on a full disk, just vanish
+        # on a full disk an encoder's last bytes just vanish
+        if sum(map(len, soundfile.blocks(self.part, 1 << 16))) < length:
             raise UserError(f"{self.path}: could not be written whole; free some space or choose another folder")
         if self.peak > 1:
-            return f"{self.path}: peaks at {20 * math.log10(self.peak):+.1f} dBFS and was scaled down by as much to fit the format"
+            peak = 20 * math.log10(self.peak)
+            return f"{self.path}: peaks at {peak:+.1f} dBFS and was scaled down by as much to fit the format"
 
 
 class Input:
@@ -152,7 +160,8 @@ class Input:
     def watch(self, share):
         for block in self.stream:
             yield block
-            self.bar.set_postfix_str(f"{self.bar.n / (time.time() - self.start):.1f} times as fast as it plays", refresh=False)
+            speed = self.bar.n / (time.time() - self.start)
+            self.bar.set_postfix_str(f"{speed:.1f} times as fast as it plays", refresh=False)
             self.bar.update(share * block.shape[1] / self.stream.rate)
 
 
@@ -172,7 +181,8 @@ def separate(separator, path, paths, args):
     start, seconds, written = time.time(), stream.length / stream.rate, 0
     with contextlib.ExitStack() as stack:
         stems = {name: Stem(stem, stream, stack) for name, stem in paths.items()}
-        bar = tqdm(total=round(seconds, 1) if seconds < math.inf else None, desc=printable(path.name), disable=args.quiet, bar_format=BAR)
+        total = round(seconds, 1) if seconds < math.inf else None
+        bar = tqdm(total=total, desc=printable(path.name), disable=args.quiet, bar_format=BAR)
         stack.enter_context(bar)
         estimates = separator.stream(Input(stream, separator.sample_rate, bar))
         for block in one_ahead(resample_blocks(estimates, separator.sample_rate, stream.rate)):
@@ -185,7 +195,8 @@ def separate(separator, path, paths, args):
             notes = list(pool.map(Stem.finish, stems.values()))
     for note in filter(None, notes):
         print(printable(note))
-    return f"{written / stream.rate:.1f} s of audio, {written / stream.rate / (time.time() - start):.1f} times as fast as it plays"
+    seconds = written / stream.rate
+    return f"{seconds:.1f} s of audio, {seconds / (time.time() - start):.1f} times as fast as it plays"
 
 
 def process(separator, path, name, args):

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.axes
+import matplotlib.image
 import numpy as np
 import pytest
 import soundfile
@@ -500,16 +502,20 @@ def test_spectrograms(separate, song, monkeypatch):
     drawn = {}
     real = test.plot_spectrograms
     monkeypatch.setattr(test, "plot_spectrograms", lambda levels, *args: drawn.update(levels) or real(levels, *args))
+    images, imshow = [], matplotlib.axes.Axes.imshow
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda *args, **kwargs: images.append(args[1]) or imshow(*args, **kwargs))
     tone = 0.5 * torch.sin(2 * torch.pi * 1000 * torch.arange(88200) / 44100)
     write("tone.wav", tone.repeat(2, 1))
     code, printed, _ = separate("tone.wav", "--plot")
     assert code == 0 and "wrote stems/tone/spectrograms.png" in printed
     assert list(drawn) == ["mixture", *TARGETS] and drawn["mixture"].shape == (2049, 87)
     assert drawn["mixture"].max(1).argmax() == round(1000 / 44100 * 4096)
-    import matplotlib.image
-
+    mixture, first, mask = images[:3]  # then the next stem's spectrogram and mask, and so on
+    assert len(images) == 1 + 2 * len(TARGETS) and max(image.max() for image in (mixture, *images[1::2])) == 0  # dB
+    loudest = np.unravel_index(mixture.argmax(), mixture.shape)
+    assert mask[loudest] == pytest.approx(10 ** ((first - mixture)[loudest] / 20), rel=1e-3)
     picture = matplotlib.image.imread("stems/tone/spectrograms.png")
-    assert picture.shape[1] == 1210 and picture.shape[0] > 900 and picture.std() > 0.1
+    assert picture.shape[1] == 1540 and picture.shape[0] > 900 and picture.std() > 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------- memory

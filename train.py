@@ -40,6 +40,8 @@ PRESETS = {
     "tutorial": "--epochs 20 --batch-size 8 --seq-dur 3 --samples-per-track 16"
     " --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
 }
+# What weights are made for; the rest of a training may change while it lasts.
+MODEL_FLAGS = "arch mask hidden_size unidirectional nfft nhop sample_rate bandwidth nb_channels".split()
 
 
 def make_parser():
@@ -108,7 +110,9 @@ def parse_args(arguments):
     if args.checkpoint:
         for name in given & {"output", "overwrite", "preset", "model", "dry_run"}:
             raise UserError(f"--{name.replace('_', '-')}: is not for --checkpoint, which goes on as the training began")
-        args = parser.parse_args([*saved_flags(Path(args.checkpoint)), *arguments])
+        saved = [*saved_flags(Path(args.checkpoint))]
+        args, theirs = parser.parse_args([*saved, *arguments]), vars(parser.parse_args(saved))
+        keep_model(args, given, {name: theirs[name] for name in MODEL_FLAGS}, args.checkpoint)
         args.output = args.checkpoint
     else:
         tutorial = args.root is None and args.dataset in ("musdb", "synthetic")
@@ -130,6 +134,8 @@ def check_flags(args, given):
     uses.update(musdb={"target", "is_wav", "cache"}, synthetic={"target"})
     uses["trackfolder_fix"].add("random_track_mix")
     uses["trackfolder_var"].add("random_interferer_mix")
+    for dataset in uses.keys() - {"aligned"}:  # whose input is a file, not a sum
+        uses[dataset].add("source_augmentations")
     for name in given & set().union(*uses.values()) - uses[args.dataset]:
         raise UserError(f"--{name.replace('_', '-')}: is not used with --dataset {args.dataset}; leave it out")
     if args.nhop > args.nfft // 2:
@@ -138,6 +144,14 @@ def check_flags(args, given):
         raise UserError(f"--hidden-size {args.hidden_size}: must be a multiple of 8")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: needs the package tensorboard (pip install tensorboard)")
+
+
+def keep_model(args, given, theirs, model):
+    """Refuse flags given by hand that differ from those, {name: value}, of the model that is to be trained further."""
+    for name in theirs.keys() & given:
+        if (value := getattr(args, name)) != theirs[name]:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{flag}: {model} has {theirs[name]}; leave the flag out")
 
 
 def saved_flags(folder):
@@ -488,10 +502,8 @@ def networks_to_fine_tune(args, given):
     theirs.update({name: getattr(network, name) for name in ("mask", "hidden_size", "unidirectional")}, sample_rate=rate)
     theirs["arch"] = next(name for name, kind in ARCHITECTURES.items() if type(network) is kind)
     theirs["bandwidth"] = math.ceil((network.max_bin - 1) * rate / settings["nfft"])
-    for name, value in theirs.items():
-        if name in given and getattr(args, name) != value:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.model} has {value}; leave the flag out")
-        setattr(args, name, value)
+    keep_model(args, given, theirs, args.model)
+    vars(args).update(theirs)
     return networks
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from data import decode_stem
 from model import OpenUnmix
-from utils import import_torchaudio, save, use_ffmpeg
+from utils import UserError, import_torchaudio, save, use_ffmpeg
 
 FOLDER = Path(__file__).parents[1]
 EXCERPT = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
@@ -116,3 +117,21 @@ def run_script(*command, cwd, timeout=300, env=None, code=0, threads=1):
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert code == 0 or "Traceback" not in done.stderr, done.stderr
     return done.stdout, done.stderr
+
+
+class InThisProcess:
+    """Stands for ProcessPoolExecutor, so that a test need not wait for another process to start."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass

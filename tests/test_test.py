@@ -135,6 +135,10 @@ def test_resampling_in_blocks():
         assert resample(whole, new_rate, rate).shape[1] >= x.shape[1]
 
 
+def test_resampling_nothing():
+    assert list(resample_blocks([], 48000, 44100)) == list(resample_blocks([torch.zeros(2, 0)], 48000, 44100)) == []
+
+
 def test_start_and_duration(separate, song, tmp_path):
     write("song.flac", song, subtype="PCM_24")
     write("part.wav", song[:, 22050 : 22050 + 33075])
@@ -148,8 +152,9 @@ def test_start_and_duration(separate, song, tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["flac", "ogg", "opus", "mp3", "m4a", "mkv"])
-def test_a_part_is_read_exactly(song, tmp_path, extension):
+def test_a_part_is_read_exactly(song, tmp_path, extension, monkeypatch):
     """Seeking or decoding, samples keep their place."""
+    monkeypatch.setattr(AudioStream, "block", 10_000)  # several lie before the part
     write(tmp_path / "song.wav", resample(song, 44100, 48000), 48000)
     path = tmp_path / f"song.{extension}"
     if extension in ("m4a", "mkv"):
@@ -281,6 +286,8 @@ def test_rerun_skips_what_is_done(separate, song):
     code, printed, _ = separate("song.wav")
     assert code == 0 and "stems/song: kept drums, bass, other (--overwrite makes them anew)" in printed
     assert "stems/song: vocals; 0.2 s of audio" in printed and os.stat("stems/song/bass.wav").st_mtime == 1
+    said = separate("song.wav")[1].splitlines()[:-1]
+    assert said == ["stems/song: kept vocals, drums, bass, other (--overwrite makes them anew)"]
     code, printed, _ = separate("song.wav", "--overwrite")
     assert "kept" not in printed and os.stat("stems/song/bass.wav").st_mtime > 1
     assert np.array_equal(soundfile.read("stems/song/drums.wav")[0], drums)  # and the numbers are the same
@@ -496,6 +503,16 @@ def test_page_at_other_rates(separate, song):
     for stem in page_content("stems/song/index.html")["stems"]:
         audio, rate = soundfile.read(io.BytesIO(base64.b64decode(stem["audio"].partition(",")[2])), always_2d=True)
         assert rate == 44100 and audio.shape[1] == 1 and abs(len(audio) - 88200 * 44100 // 96000) < 10
+
+
+def test_page_of_half_an_hour(tmp_path, monkeypatch, capsys):
+    """A browser decodes a whole page at once: the user is told what that takes."""
+    monkeypatch.setattr(test, "mp3", lambda stream, scale: "data:audio/mpeg;base64,")  # would take minutes
+    for seconds in (1800, 1801):
+        soundfile.write(tmp_path / "long.flac", np.zeros(1000 * seconds), 1000)
+        test.write_page("long", {"mixture": AudioStream(tmp_path / "long.flac")}, tmp_path / "index.html")
+        said = "half an hour and more needs gigabytes in a browser: --start and --duration make a shorter page"
+        assert (said in capsys.readouterr().out) == (seconds > 1800)
 
 
 def test_spectrograms(separate, song, monkeypatch):

@@ -5,9 +5,11 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -220,3 +222,30 @@ def test_the_packages_work_without_ffmpeg_on_path(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True)
     assert done.stdout == "ffmpeg version\ntorch.Size([1, 441])\n", done.stderr
     assert not list(Path(tmp_path).iterdir())  # the links are gone with the process
+
+
+def test_ffmpeg_where_links_cannot_be_made(tmp_path, monkeypatch):
+    """As on Windows: the programs are copied."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(os, "symlink", mock.Mock(side_effect=OSError("A required privilege is not held by the client")))
+    utils.use_ffmpeg.__wrapped__()  # without the cache: its work is done once in a process
+    assert sorted(os.listdir(tmp_path)) == ["ffmpeg", "ffprobe"] and not (tmp_path / "ffmpeg").is_symlink()
+    assert subprocess.run(["ffprobe", "-version"], capture_output=True).stdout.startswith(b"ffprobe version")
+
+
+# ------------------------------------------------------------------------------------------------------------ audio in
+
+
+def test_file_without_permission(tmp_path, monkeypatch):
+    path = tmp_path / "song.wav"
+    path.touch()
+    refusal = PermissionError(13, "Permission denied")
+    monkeypatch.setattr(utils, "wav_layout", mock.Mock(side_effect=refusal))  # even where root runs this test
+    with pytest.raises(UserError, match=r"song.wav: cannot be read \(Permission denied\); check its permissions"):
+        utils.AudioStream(path)
+
+
+def test_rates_without_a_common_divisor():
+    with pytest.raises(UserError, match="audio of 44101 Hz can't be resampled to 44100 Hz; convert it first: ffmpeg"):
+        utils.resample(torch.zeros(1, 100), 44101, 44100)

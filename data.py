@@ -9,7 +9,7 @@ import collections
 import contextlib
 import functools
 import importlib.util
-import json
+import itertools
 import math
 import os
 import shutil
@@ -26,9 +26,10 @@ import soundfile
 import torch
 import yaml
 from filelock import FileLock
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from utils import REACH, SOURCES, UserError, download, resample, use_ffmpeg, wav_layout
+from utils import REACH, SOURCES, UserError, download, ffprobe, resample, use_ffmpeg, wav_layout
 
 # glibc's malloc gives arrays of megabytes back to the system and asks for them anew, page by page, unless it has once
 # freed a larger one. Without this line page faults take two thirds of the time of an example.
@@ -50,7 +51,7 @@ class Audio:
 
     @classmethod
     def index(cls, path):
-        """Read a file's header. Raises UserError for a file that is unreadable, empty, cut short, or has over two channels."""
+        """Read a file's header. Raises UserError for a file that is unreadable, empty, cut short, or not mono or stereo."""
         try:
             status, wav = os.stat(path), wav_layout(path)
             info = None if wav else soundfile.info(str(path))
@@ -238,18 +239,19 @@ def index_trackfolder_var(root, split, target_file="vocals.wav", ext=".wav", sil
     for folder, _ in track_folders(root, split, [] if silence_missing else [target_file]):
         files = [path for path in visible(folder) if path.name == target_file or path.name.endswith(ext)]
         names = [Path(target_file).stem if path.name == target_file else path.name for path in files]
-        tracks += [Track(folder.name, dict(zip(names, map(Audio.index, files))))] * bool(files)
+        if files:
+            tracks.append(Track(folder.name, dict(zip(names, map(Audio.index, files)))))
     if not tracks:
         raise UserError(f"{root}/{split}: no track folder has a file *{ext}; see --ext")
     return tracks
 
 
 def track_folders(root, split, names):
-    """The track folders of root/split and their files `names` (patterns such as *vocals.wav may be used): [(path, [Audio])]."""
+    """The track folders of root/split and their files `names`, or patterns such as *vocals.wav: [(path, [Audio])]."""
     root = Path(root, split)
     folders = {folder: [find_file(folder, name) for name in names] for folder in visible(root) if folder.is_dir()}
     if not any(all(paths) for paths in folders.values()):
-        wanted = " with " * bool(names) + " and ".join(names)
+        wanted = f" with {' and '.join(names)}" if names else ""
         raise UserError(f"{root}: no track folder{wanted} in it (expected {root}/<track>/...); {found_in(root)}")
     for folder, paths in folders.items():
         if not all(paths):
@@ -348,13 +350,10 @@ def decode_stems(root, destination):
 
 def decoded_bytes(stem):
     """The size of a stem file's five streams as 16-bit WAV."""
-    command = ["ffprobe", "-v", "error", "-of", "json", "-show_entries", "stream=codec_type,duration_ts,channels"]
-    done = subprocess.run([*command, f"file:{stem}"], capture_output=True, stdin=subprocess.DEVNULL)
-    streams = json.loads(done.stdout or "{}").get("streams", [])
-    audio = [stream for stream in streams if stream["codec_type"] == "audio"]
-    if done.returncode or len(audio) != 5:
+    streams = ffprobe(stem, "stream=duration_ts,channels").get("streams", [])
+    if len(streams) != 5:
         raise UserError(f"{stem}: is not a stem file with five audio streams; replace it")
-    return sum(2 * stream["channels"] * stream["duration_ts"] for stream in audio)
+    return sum(2 * stream["channels"] * stream["duration_ts"] for stream in streams)
 
 
 def decode_stem(stem, folder):
@@ -362,7 +361,8 @@ def decode_stem(stem, folder):
     with new_folder(folder) as unfinished:
         command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", f"file:{stem}"]
         for stream, name in enumerate(("mixture", "drums", "bass", "other", "vocals")):
-            command += ["-map", f"0:{stream}", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav", f"file:{unfinished / name}.wav"]
+            command += ["-map", f"0:{stream}", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav"]
+            command += [f"file:{unfinished / name}.wav"]
         done = subprocess.run(command, capture_output=True)
         if done.returncode or done.stderr:
             reason = done.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
@@ -382,10 +382,10 @@ def make_tracks(tracks, make, size, root, remedy):
         root.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             needed, free = sum(pool.map(size, missing.values())) / 1e9, shutil.disk_usage(root).free / 1e9
-            print(f"{len(missing)} tracks are made in {root} once: {needed:.2f} GB")
+            print(f"made once, in {root}: {needed:.2f} GB for {len(missing)} of {len(tracks)} tracks")
             if free < needed:
                 raise UserError(f"{root}: {needed:.2f} GB needed, {free:.2f} GB free; {remedy}")
-            with FileLock(root / ".lock"):  # of processes started side by side one makes what is missing, the others wait
+            with FileLock(root / ".lock"):  # one of several processes makes what is missing, the others wait
                 missing = {folder: item for folder, item in missing.items() if not folder.is_dir()}
                 for _ in tqdm(pool.map(make, missing.values(), missing), total=len(missing), desc=root.name, unit="track"):
                     pass
@@ -395,7 +395,7 @@ def make_tracks(tracks, make, size, root, remedy):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Yield a folder beside `folder` to fill, renamed at the end: one that was killed half-way is never taken for whole."""
+    """Yield a folder to fill beside `folder`, renamed at the end: what was killed half-way is never taken for whole."""
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -422,8 +422,8 @@ def make_synthetic(root, seconds=30.0, songs=SONGS):
     if foreign:
         raise UserError(f"{foreign[0]}: is no synthesized song; name another folder with --root")
     use_ffmpeg()
-    numbers = [(subset, number) for subset in songs for number in range(1, songs[subset] + 1)]
-    seeds = {root / subset / f"Synthesized - Song {number:02d}": seed for seed, (subset, number) in enumerate(numbers)}
+    folders = [root / subset / f"Synthesized - Song {n + 1:02d}" for subset in songs for n in range(songs[subset])]
+    seeds = {folder: seed for seed, folder in enumerate(folders)}
     stems = (Path(importlib.util.find_spec("stempeg").origin).parent / "data").glob("*.stem.mp4")
     excerpt = {root / "test" / stem.name.removesuffix(".stem.mp4"): stem for stem in stems}
     remedy = "name another folder with --root"
@@ -439,6 +439,7 @@ def make_song(seconds, seed, folder):
         for name, audio in {"mixture": sum(sources.values()), **sources}.items():
             soundfile.write(unfinished / f"{name}.wav", audio, 44100, subtype="PCM_16")
 
+
 SCALES = np.array([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)])  # major and minor, in semitones above the key note
 PROGRESSIONS = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), (1, 4, 0, 5))  # a degree a bar
 # A bar in sixteenths, an x for an onset.
@@ -448,8 +449,13 @@ HATS = ("x.x.x.x.x.x.x.x.", "xxxxxxxxxxxxxxxx", "..x...x...x...x.", "x.xxx.xxx.x
 CALM = ("x...............", "x.......x.......", "x..x..x.........", "x.....x...x.....", "x...x...x...x...")
 BUSY = ("x.x.x.x.x.x.x.x.", "x..x..x.x..x..x.", "x..x..x..x..x.x.", "x.xx..x.x.xx..x.", "x.x...x.x.x...x.")
 # Formants in Hz of the vowels a e i o u; the first three after Peterson & Barney (1952), men.
-VOWELS = np.array([(730, 1090, 2440, 3400, 4500), (530, 1840, 2480, 3500, 4500), (270, 2290, 3010, 3600, 4600),
-                   (570, 840, 2410, 3300, 4400), (300, 870, 2240, 3200, 4300)])
+VOWELS = np.array([
+    (730, 1090, 2440, 3400, 4500),
+    (530, 1840, 2480, 3500, 4500),
+    (270, 2290, 3010, 3600, 4600),
+    (570, 840, 2410, 3300, 4400),
+    (300, 870, 2240, 3200, 4300),
+])
 
 
 class SongPlan:
@@ -468,8 +474,10 @@ class SongPlan:
         Returns a list of (first sample, end sample, frequencies in Hz (voices,)).
         """
         steps = [step for step, mark in enumerate(rng.choice(patterns) + "x") if mark == "x"]  # the last one ends the bar
-        spans = [(chord, (16 * bar + start) * self.sixteenth, min((16 * bar + end) * self.sixteenth, self.N))
-                 for bar, chord in enumerate(self.chords) for start, end in zip(steps, steps[1:])]
+        spans = []
+        for bar, chord in enumerate(self.chords):
+            for start, end in itertools.pairwise(16 * bar + step for step in steps):
+                spans.append((chord, start * self.sixteenth, min(end * self.sixteenth, self.N)))
         degrees = [np.add(chord, voicings[turn % len(voicings)]) for turn, (chord, _, _) in enumerate(spans)]
         semitones = self.key + self.scale[np.mod(degrees, 7)] + 12 * (octave + np.floor_divide(degrees, 7)) - 69  # from A4
         return [(start, end, hertz) for (_, start, end), hertz in zip(spans, 440 * 2 ** (semitones / 12)) if start < end]
@@ -482,7 +490,7 @@ def synthesize_sawtooth(cycles, ratio):
 
 
 def synthesize_part(rng, plan, patterns, voicings, octave, brightness, decay, width):
-    """Notes of one instrument → (2, N), drawn from ranges of brightness in Hz and decay in seconds; width is 0 to 1."""
+    """Notes of one instrument -> (2, N), drawn from ranges of brightness in Hz and decay in seconds; width is 0 to 1."""
     stereo, angles = np.zeros((2, plan.N), np.float32), np.pi / 4 * (1 + width * rng.uniform(-1, 1, 5))
     brightness, decay = np.float32(rng.uniform(*brightness)), np.float32(rng.uniform(*decay))
     attack, hollow = np.float32(rng.uniform(0.002, 0.02)), np.float32(rng.choice([0, 0.3, 0.5]))
@@ -500,6 +508,7 @@ def synthesize_part(rng, plan, patterns, voicings, octave, brightness, decay, wi
 
 
 def synthesize_drums(rng, plan):
+    """Kick, snare and hi-hat -> (2, N)."""
     time, stereo = np.arange(plan.rate // 2 * 2) / plan.rate, np.zeros((2, plan.N), np.float32)
 
     def draw_hit(hertz, decay, hiss, tilt, hiss_decay):  # a sine that falls to hertz, overdriven, and noise
@@ -517,18 +526,19 @@ def synthesize_drums(rng, plan):
 
 
 def filter_blocks(x, window, gain):
-    """Filters x (N,) in half overlapping windows with gain (..., 1 or blocks, bins) by overlap-add → (..., N)."""
+    """Filter x (N,) in half overlapping windows with gain (..., 1 or blocks, bins) by overlap-add -> (..., N)."""
     half = len(window) // 2
     padded = np.pad(x, (half, half + -len(x) % half))
-    blocks = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)[::half] * window
+    blocks = sliding_window_view(padded, 2 * half)[::half] * window
     blocks = np.fft.irfft(np.fft.rfft(blocks) * gain)
     return (blocks[..., :-1, half:] + blocks[..., 1:, :half]).reshape(*blocks.shape[:-2], -1)[..., : len(x)]
 
 
 def synthesize_vocals(rng, plan):
-    """A voice: buzz and breath through five moving formants, each note begun by a consonant of noise → (2, N)."""
+    """A voice: buzz and breath through five moving formants, each note begun by a consonant of noise -> (2, N)."""
     hop = 512  # samples between two shapes of the vocal tract
-    notes = plan.draw_notes(rng, CALM[2:] + BUSY, rng.integers(-1, 6, (13, 1)), rng.choice([4, 5] if plan.key < 4 else [3, 4]))
+    octaves = [4, 5] if plan.key < 4 else [3, 4]
+    notes = plan.draw_notes(rng, CALM[2:] + BUSY, rng.integers(-1, 6, (13, 1)), rng.choice(octaves))
     curves = np.zeros((9, -(-plan.N // hop) + 1))
     pitch, vibrato, level, breath, formants = *curves[:4], curves[4:]  # views: octaves, octaves, amplitudes, Hz
     pitch[:], formants[:] = np.log2(notes[0][2]), VOWELS[0][:, None]
@@ -544,7 +554,7 @@ def synthesize_vocals(rng, plan):
     reach = rng.integers(3, 6)  # hops in which the voice glides from one shape to the next
     padded = np.pad(curves, ((0, 0), (reach, reach)), "edge")
     window = np.hanning(2 * reach + 3)[1:-1] / (reach + 1)
-    curves = np.lib.stride_tricks.sliding_window_view(padded, len(window), axis=1) @ window
+    curves = sliding_window_view(padded, len(window), axis=1) @ window
     curves[0] += curves[1] * np.sin(2 * np.pi * rng.uniform(5, 6) * hop / plan.rate * np.arange(curves.shape[1]))
     curves[0], samples = 2 ** curves[0], np.arange(plan.N) / hop
     hertz, level, breath = (np.interp(samples, np.arange(len(c)), c).astype(np.float32) for c in curves[[0, 2, 3]])
@@ -744,7 +754,8 @@ def index_dataset(args):
     sample_rate = args.sample_rate or rates.most_common(1)[0][0]
     if set(rates) != {sample_rate}:
         others = ", ".join(f"{rate} Hz" for rate in sorted(rates) if rate != sample_rate)
-        print(f"some files are not in {sample_rate} Hz ({others}) and are resampled as they are read: convert them for speed")
+        slow = "are resampled as they are read: convert them for speed"
+        print(f"some files are not in {sample_rate} Hz ({others}) and {slow}")
     return train_tracks, valid_tracks, sample_rate, mix
 
 

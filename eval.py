@@ -1,6 +1,6 @@
 """Score separation on the test tracks of MUSDB18, or of any dataset in its shape.
 
-    python eval.py                                         open-unmix/ (or umxl) beside the mixture, on the data train.py uses
+    python eval.py                                         open-unmix/ (or umxl) beside the mixture, on train.py's data
     python eval.py --root MUSDB18 --model umxhq --method model share irm mwf      a model between its floor and ceilings
     python eval.py --root MUSDB18 --estimates STEMS        stems that any program made: STEMS/test/<track>/<target>.wav
     python eval.py --root MUSDB18 --compare UMX UMXHQ      other methods' museval scores beside ours
@@ -10,8 +10,8 @@ museval's numbers (BSS Eval v4): frames of one second; medians over frames, then
 
     python eval.py --aggregate '{"vocals": ["vocals"], "accompaniment": ["drums", "bass", "other"]}'
 
-It still estimates all four targets, because the Wiener filter tells vocals from what it knows of the others. --targets vocals
-estimates nothing else and is faster, but the published models' vocals fall from 6.3 to 5.5 dB.
+It still estimates all four targets, because the Wiener filter tells vocals from what it knows of the others. --targets
+vocals estimates nothing else and is faster, but the published models' vocals fall from 6.3 to 5.5 dB.
 """
 
 import math
@@ -22,7 +22,6 @@ import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +29,6 @@ import numpy as np
 import pandas as pd
 import soundfile
 import torch
-import torch.distributed as dist
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.linalg import toeplitz
@@ -38,8 +36,8 @@ from tqdm import tqdm
 
 from data import find_data, index_musdb, read_as
 from model import BLOCK, aggregation, expectation_maximization, istft, separator_from_flags, stft, sum_targets
-from utils import SOURCES, Parser, UserError, add_separation_flags, atomic_write, figure, import_musdb, load, number
-from utils import process_rank, read_audio, report, resample, run, save, save_figure
+from utils import SOURCES, AudioStream, Parser, UserError, add_separation_flags, atomic_write, figure, gather, load
+from utils import number, process_rank, report, resample, run, save, save_figure, use_ffmpeg
 
 METRICS = ("SDR", "ISR", "SIR", "SAR")  # museval's, of each frame
 DELAYS = 512  # samples, 0 to 511, by which BSS Eval may shift a reference: L below
@@ -59,24 +57,25 @@ def parse_args(arguments):
     add("--subset", choices=["test", "train"], default="test", help="which tracks to score")
     add = parser.add_argument_group("what is scored").add_argument
     methods = "the model; floors: the mixture as every estimate, or an equal share of it (SiSEC 2018's MIX: a quarter for"
-    methods += " each source); ceilings that know the true stems: ideal binary mask, ideal ratio mask of magnitudes (irm) and"
-    methods += " of powers (irm2), multichannel Wiener filter; none: only what --compare names"
+    methods += " each source); ceilings that know the true stems: ideal binary mask, ideal ratio mask of magnitudes (irm)"
+    methods += " and of powers (irm2), multichannel Wiener filter; none: only what --compare names"
     add("--method", nargs="+", choices=[*METHODS, "none"], default=["model", "mixture"], help=methods)
     add("--estimates", metavar="DIR", help="score these stems instead of a model's: DIR/<subset>/<track>/<target>.wav")
     add("--engine", choices=["own", "museval"], default="own", help="who computes BSS Eval; museval: the same, slowly")
     add("--workers", type=number(int, 1, 256), default=1, help="processes that score while the next track is separated")
     add = parser.add_argument_group("output").add_argument
-    add("--evaldir", help="folder for museval's JSON of each track: <evaldir>/<subset>/<track>.json (default: scores/<model>)")
+    add("--evaldir", help="folder for museval's JSON: <evaldir>/<subset>/<track>.json (default: scores/<model>)")
     add("--outdir", help="also keep the model's stems: <outdir>/<subset>/<track>/<target>.wav")
     add("--compare", nargs="+", metavar="DIR", help="folders of museval JSON to put beside: tables, box plots, significance")
     add("--csv", metavar="FILE", help="also write every frame's scores")
     add_separation_flags(parser)
     args, given = parser.parse_args(arguments), parser.given(arguments)
-    args.model = args.model or ("open-unmix" if Path("open-unmix").is_dir() else "umxl")
     args.evaldir = Path(args.evaldir or Path("scores", Path(args.estimates or args.model).name))
     args.method = [method for method in dict.fromkeys(args.method) if method != "none"]
     if args.estimates:
         args.method = ["estimates"] + [method for method in args.method if method != "model"]
+    if args.dataset == "synthetic" and given & {"is_wav", "cache"}:
+        raise UserError("--is-wav and --cache: are not used with --dataset synthetic; leave them out")
     unused = given & {*MODEL_FLAGS, "outdir"} - {"model", "targets"}  # those two name the default folder and the stems
     if unused and "model" not in args.method:
         raise UserError(f"--{min(unused).replace('_', '-')}: is for --method model, which is not scored here; leave it out")
@@ -137,7 +136,7 @@ def bss_eval(references, estimates, window=44100):
 
 def silent(stems):
     """museval's definition, kept so that the same frames are NaN: zero after the channels are summed."""
-    return (stems.sum(axis=1) == 0).all(axis=-1)  # (J, C, N) -> (J,)
+    return (stems.sum(axis=-2) == 0).all(axis=-1)  # (..., C, N) -> (...)
 
 
 def ratio_db(signal, error):
@@ -228,19 +227,20 @@ def score(references, estimates, rate, engine="own"):
     accompaniment as a pair. Beyond its keys, each target has its scores of the whole track. A reference that is silent
     throughout, which BSS Eval is not defined for, is left out.
     """
-    names = [name for name in references if not silent(references[name][None])[0]]
+    names = [name for name in references if not silent(references[name])]
     both = {"vocals", "accompaniment"} <= references.keys()
     pair = [name for name in names if both and name in ("vocals", "accompaniment")]
     others = [name for name in names if name not in pair or name == "vocals"]
     targets = {}
-    for group in (others if others != pair[:1] else [], pair):
-        if group:
-            stacks = [np.stack([stems[name] for name in group]) for stems in (references, estimates)]
-            scores = museval_scores(*stacks, rate) if engine == "museval" else bss_eval(*stacks, rate)
-            scores = {metric: np.where(np.isfinite(x), np.round(x, 5), np.nan) for metric, x in scores.items()}
-        for j, name in enumerate(group):
-            seconds = enumerate(zip(*(scores[metric][j].tolist() for metric in METRICS)))
-            frames = [{"time": float(t), "duration": 1.0, "metrics": dict(zip(METRICS, values))} for t, values in seconds]
+    for group in [pair] if others == pair[:1] else [others, pair]:
+        if not group:
+            continue
+        stacks = [np.stack([stems[name] for name in group]) for stems in (references, estimates)]
+        scores = museval_scores(*stacks, rate) if engine == "museval" else bss_eval(*stacks, rate)
+        scores = np.stack([scores[metric] for metric in METRICS], axis=-1).round(5)  # (J, frames, metrics)
+        scores[~np.isfinite(scores)] = np.nan
+        for name, rows in zip(group, scores.tolist()):
+            frames = [{"time": float(t), "duration": 1.0, "metrics": dict(zip(METRICS, row))} for t, row in enumerate(rows)]
             whole = whole_track_scores(references[name], estimates[name])
             targets.pop(name, None)  # of the vocals' two scores the pair's counts, and comes last
             targets[name] = {"name": name, "frames": frames, "whole_track": whole}
@@ -249,7 +249,7 @@ def score(references, estimates, rate, engine="own"):
 
 def museval_scores(references, estimates, window):
     """`bss_eval` by museval itself."""
-    import_musdb()  # for the ffmpeg that museval asks for
+    use_ffmpeg()  # museval refuses to be imported without
     import museval
 
     if not hasattr(np.linalg, "linalg"):  # museval looks there for LinAlgError; numpy 2.4 has it no more
@@ -269,11 +269,11 @@ def score_track(method, track, stems, args, settings, estimates=None):
         estimates = read_estimates(args, track)
     elif method != "model":
         estimates = oracle(method, read_as(track.mixture, **shape), sources, stems)
-    left_out = [name for name in stems if silent(references[name][None])[0]]
+    left_out = [name for name in stems if silent(references[name])]
     for name in stems:
         if not np.isfinite([references[name].sum(), estimates[name].sum()]).all():
             raise UserError(f"{track.name}: {name} has NaN or infinite samples; repair or export it again")
-        if silent(estimates[name][None])[0] and name not in left_out:
+        if silent(estimates[name]) and name not in left_out:
             raise UserError(f"{track.name}: the estimate of {name} is silent throughout: BSS Eval is not defined for it")
     for name in estimates if method == "model" and args.outdir else []:
         with atomic_write(stem_folder(args, track) / f"{name}.wav") as temporary:
@@ -281,7 +281,8 @@ def score_track(method, track, stems, args, settings, estimates=None):
     targets = score(references, estimates, track.mixture.rate, args.engine)
     content = {"targets": targets, "museval_version": "0.4.1", "settings": settings, "outdir": args.outdir}
     save(content, score_path(args, method, track))
-    return {f"{track.name}: {name} is silent throughout: BSS Eval is not defined for it, it has no score" for name in left_out}
+    reason = "is silent throughout: BSS Eval is not defined for it, it has no score"
+    return {f"{track.name}: {name} {reason}" for name in left_out}
 
 
 # ---------------------------------------------------------------------------------------------- estimates
@@ -290,8 +291,7 @@ def score_track(method, track, stems, args, settings, estimates=None):
 def separate(separator, track, args):
     """The model's estimates of a track: {stem: (C, N)}."""
     audio = track.mixture
-    x = torch.from_numpy(np.ascontiguousarray(audio.read(0, audio.length)))
-    x = resample(x, audio.rate, separator.sample_rate)
+    x = resample(torch.from_numpy(audio.read(0, audio.length)), audio.rate, separator.sample_rate)
     estimates = torch.cat([block.float().cpu() for block in separator.stream([x])], dim=-1)
     estimates = resample(estimates, separator.sample_rate, audio.rate)[..., : audio.length]  # (J, C, N)
     return {name: stem.numpy() for name, stem in sum_targets(estimates, separator, args).items()}
@@ -316,12 +316,13 @@ def read_estimates(args, track):
     estimates = {}
     for name, parts in args.sums.items():
         for part in parts:
-            path = Path(args.estimates, args.subset, track.name, f"{part}.wav")
-            audio, its_rate = read_audio(path)
+            stream = AudioStream(Path(args.estimates, args.subset, track.name, f"{part}.wav"))
+            audio = torch.cat(list(stream), dim=1)  # (C, N)
             longer = audio.shape[1] - length
-            if (its_rate, longer) != (rate, 0) or len(audio) > channels:
-                theirs = f"{its_rate} Hz, {len(audio)} channels and {longer:+d} samples"
-                raise UserError(f"{path}: has {theirs} against the track's {rate} Hz and {channels} channels; export it again")
+            if (stream.rate, longer) != (rate, 0) or len(audio) > channels:
+                has = f"has {stream.rate} Hz, {len(audio)} channels and {longer:+d} samples"
+                against = f"against the track's {rate} Hz and {channels} channels; export it again"
+                raise UserError(f"{stream.path}: {has} {against}")
             estimates[name] = estimates.get(name, 0) + audio.expand(channels, -1).numpy()
     return estimates
 
@@ -334,11 +335,13 @@ def oracle(method, mixture, sources, stems):
         ibm: mask 1 where |S| >= |X| / 2        irm: |S| / sum |S|        irm2: |S|^2 / sum |S|^2
         mwf: the model's Wiener filter, one EM iteration from the true sources' spectra
     """
-    if method in ("mixture", "share"):
-        return {name: mixture * np.float32(1 if method == "mixture" else len(stems[name]) / len(sources)) for name in stems}
+    if method == "mixture":
+        return dict.fromkeys(stems, mixture)
+    if method == "share":
+        return {name: mixture * np.float32(len(parts) / len(sources)) for name, parts in stems.items()}
 
     def spectrum(audio):
-        return stft(torch.from_numpy(np.ascontiguousarray(audio)), 2048, 1024)  # (C, F, T)
+        return stft(torch.as_tensor(audio), 2048, 1024)  # (C, F, T)
 
     def power(source):
         return spectrum(source).abs() ** (2 if method == "irm2" else 1)
@@ -347,9 +350,8 @@ def oracle(method, mixture, sources, stems):
     if method == "mwf":
         S = torch.stack([spectrum(source) for source in sources.values()])  # (J, C, F, T)
         level = X.abs().amax().view(1, 1, 1, 1)
-        blocks = zip(S.split(BLOCK, dim=-2), X.split(BLOCK, dim=-2))  # bins are independent: a few at a time, to save memory
-        Y = [expectation_maximization(s[None], x[None], 1, level)[0] for s, x in blocks]
-        Y = torch.cat(Y, dim=-2)
+        blocks = zip(S.split(BLOCK, dim=-2), X.split(BLOCK, dim=-2))  # bins are independent: a few at a time saves memory
+        Y = torch.cat([expectation_maximization(s[None], x[None], 1, level)[0] for s, x in blocks], dim=-2)
     elif method == "ibm":
         Y = (X * (2 * spectrum(source).abs() >= X.abs()) for source in sources.values())
     else:
@@ -363,11 +365,11 @@ def oracle(method, mixture, sources, stems):
 
 
 def scored_stems(targets, args):
-    """{stem: the data's sources that make up its reference} for what --aggregate makes of the targets, in museval's order."""
+    """{stem: the data's sources that make up its reference} of all stems to score, in museval's order."""
     known = {args.residual or "residual": [source for source in SOURCES if source not in targets]}
     known.update({source: [source] for source in SOURCES}, accompaniment=[s for s in SOURCES if s != "vocals"])
     stems = {}
-    for name, parts in aggregation(targets, args).items():
+    for name, parts in args.sums.items():
         for target in parts:
             if target not in known:
                 raise UserError(f"{target}: the data has no such source to compare with; it has {', '.join(TARGETS)}")
@@ -387,8 +389,8 @@ def stem_folder(args, track):
 
 def describe(args, method, track, stems):
     """What a track's scores depend on; kept in its JSON."""
-    settings, files = {"method": method, "stems": stems, "engine": args.engine}, [track.mixture.path]
-    files += [audio.path for audio in track.sources.values()]
+    settings = {"method": method, "stems": stems, "engine": args.engine}
+    files = [audio.path for audio in (track.mixture, *track.sources.values())]
     if method == "estimates":
         settings["sums"] = args.sums
         files += sorted(Path(args.estimates, args.subset, track.name).glob("*.wav"))
@@ -402,8 +404,10 @@ def describe(args, method, track, stems):
 def is_scored(args, method, track, settings):
     """Whether a track has a JSON for the same settings, and its stems where they are to be kept."""
     path = score_path(args, method, track)
+    if not path.exists():
+        return False
     try:
-        scores = load(path) if path.exists() else {"settings": None}
+        scores = load(path)
     except UserError:
         print(f"{path}: does not parse, the track is scored again", file=sys.stderr)
         return False
@@ -425,8 +429,8 @@ def evaluate(tracks, stems, args, separator):
 
     Returns the (method, track name) pairs that failed.
     """
-    jobs = [(method, track, stems, args, describe(args, method, track, stems)) for track in tracks for method in args.method]
-    jobs = [job for job in jobs if not is_scored(args, *job[:2], job[-1])]
+    jobs = [(method, track, describe(args, method, track, stems)) for track in tracks for method in args.method]
+    jobs = [job for job in jobs if not is_scored(args, *job)]
     workers = max(1, min(args.workers, len(jobs)))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     pending, failed, notes = {}, [], set()
@@ -446,10 +450,11 @@ def evaluate(tracks, stems, args, separator):
 
     try:
         # One thread each, and all scoring in such processes: rounding, and so a score, never depends on how many there are.
-        with mock.patch.dict(os.environ, {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "VECLIB")}):
-            for method, track, *rest in jobs:
+        with mock.patch.dict(os.environ, {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "VECLIB")}):
+            for method, track, settings in jobs:
                 estimates = separate(separator, track, args) if method == "model" else None
-                pending[pool.submit(score_track, method, track, *rest, estimates)] = method, track
+                future = pool.submit(score_track, method, track, stems, args, settings, estimates)
+                pending[future] = method, track
                 collect(workers)
             collect(0)
     except BrokenProcessPool:
@@ -465,18 +470,6 @@ def evaluate(tracks, stems, args, separator):
     for note in sorted(notes):
         print(note)
     return failed
-
-
-def gather(items):
-    """Join the lists of all of torchrun's processes, when all have come here."""
-    world = process_rank()[2]
-    if world == 1:
-        return items
-    dist.init_process_group("gloo", timeout=timedelta(days=2))
-    lists = [None] * world
-    dist.all_gather_object(lists, items)
-    dist.destroy_process_group()
-    return sum(lists, [])
 
 
 def score_tracks(args):
@@ -510,12 +503,6 @@ def score_table(paths, method):
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: is not museval's JSON; remove it") from None
     return pd.DataFrame(rows, columns=["method", "track", "target", "metric", "time", "score"]).astype({"score": float})
-
-
-def medians_of_tracks(table):
-    """Medians over frames, without NaN: rows (track, method, target), columns METRICS and WHOLE, in the table's order."""
-    medians = table.groupby(["track", "method", "target", "metric"], sort=False)["score"].median().unstack()
-    return medians.reindex(columns=[*METRICS, *WHOLE])
 
 
 def show(medians, methods):
@@ -597,7 +584,8 @@ def main():
     table = pd.concat(tables.values(), ignore_index=True)
     if table.empty:
         raise UserError("there are no scores to show: no track could be scored")
-    medians = medians_of_tracks(table)
+    medians = table.groupby(["track", "method", "target", "metric"], sort=False)["score"].median()  # of frames, without NaN
+    medians = medians.unstack().reindex(columns=[*METRICS, *WHOLE])  # rows (track, method, target)
     show(medians, list(tables))
     if args.compare:
         compare(medians, list(tables), args.evaldir)

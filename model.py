@@ -667,8 +667,7 @@ def make_network(args, path, settings, device="cpu"):
 def separator_from_flags(args):
     """The separator that the flags of test.py and eval.py ask for (utils.add_separation_flags)."""
     device = select_device(args.device)
-    model = args.model or ("open-unmix" if Path("open-unmix").is_dir() else "umxl")
-    networks, settings = load_networks(model, args.targets, device)
+    networks, settings = load_networks(args.model, args.targets, device)
     alone = len(networks) == 1 and not hasattr(*networks.values(), "sources")
     residual = args.residual is not None or alone  # one target's counterpart is all the rest
     stft_settings = {"sample_rate": int(settings["sample_rate"]), "n_fft": settings["nfft"], "n_hop": settings["nhop"]}

@@ -18,18 +18,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import soundfile
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import aggregation, separator_from_flags, stft_blocks, sum_targets
 from utils import AudioStream, Parser, UserError, add_separation_flags, atomic_write, number, plot_spectrograms, printable
-from utils import process_rank, report, resample_blocks, run
+from utils import gather, process_rank, report, resample_blocks, run
 
 FORMATS = {"wav": ("WAV", "FLOAT"), "flac": ("FLAC", "PCM_24"), "ogg": ("OGG", "VORBIS"), "mp3": ("MP3", "MPEG_LAYER_III")}
 AUDIO = set(".wav .aiff .aif .flac .ogg .opus .mp3 .m4a .aac .wma .mka .mp4 .mkv .mov .webm .avi .au .caf .w64".split())
@@ -266,17 +264,6 @@ def mp3(stream, scale):
 # ---------------------------------------------------------------------------------------------- all files
 
 
-def gather(failed, world):
-    """All processes' lists in one. Waits for the slowest: torchrun ends them all when one ends with an error."""
-    if world == 1:
-        return failed
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    lists = [None] * world
-    dist.all_gather_object(lists, failed)
-    dist.destroy_process_group()
-    return sum(lists, [])
-
-
 def main():
     args = parse_args(sys.argv[1:])
     songs = find_songs(args.input, args.outdir)
@@ -290,7 +277,7 @@ def main():
         except UserError as error:
             report(error)
             failed.append(str(path))
-    failed = gather(failed, world)
+    failed = gather(failed)
     if rank > 0:
         return
     if failed and len(songs) == 1:

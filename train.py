@@ -47,7 +47,7 @@ MODEL_FLAGS = "arch mask hidden_size unidirectional nfft nhop sample_rate bandwi
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="musdb", choices=["musdb", "synthetic", *LAYOUTS], help="layout of the data; data.py draws each")
+    add("--dataset", default="musdb", choices=["musdb", "synthetic", *LAYOUTS], help="layout of the data, drawn in data.py")
     add("--root", help="folder of the data; without it MUSDB18's 7-second sample is fetched, or songs are synthesized")
     add("--is-wav", action="store_true", help="--root is MUSDB18-HQ (WAV), even if it holds stem files too")
     add("--cache", help="folder for the WAV files decoded from stems (default: <root>-wav)")
@@ -56,7 +56,7 @@ def make_parser():
     add("--interferer-files", nargs="+", default=["drums.wav", "bass.wav", "other.wav"], help="trackfolder_fix: the others")
     add("--random-track-mix", action="store_true", help="trackfolder_fix: take each interferer from a random track")
     add("--random-interferer-mix", action="store_true", help="trackfolder_var: take all interferers from one random track")
-    add("--silence-missing", action="store_true", help="trackfolder_var: a track without the target file has a silent target")
+    add("--silence-missing", action="store_true", help="trackfolder_var: where the target file lacks, it is silent")
     add("--target-dir", default="vocals", help="sourcefolder: the target's folder")
     add("--interferer-dirs", nargs="+", default=["drums", "bass", "other"], help="sourcefolder: the others")
     add("--ext", default=".wav", help="sourcefolder, trackfolder_var: which files to use")
@@ -70,7 +70,7 @@ def make_parser():
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="blstm", choices=list(ARCHITECTURES), help="the network, from the table in model.py")
-    add("--mask", default="sigmoid", choices=["sigmoid", "relu"], help="the paper's mask, or the one of the published weights")
+    add("--mask", default="sigmoid", choices=["sigmoid", "relu"], help="the paper's mask, or that of the published weights")
     add("--hidden-size", type=number(int, 2), default=512, help="width of the network")
     add("--unidirectional", action="store_true", help="look at the past only (for real-time use)")
     add("--nfft", type=number(int, 16), default=4096, help="STFT size in samples")
@@ -94,7 +94,7 @@ def make_parser():
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", default="open-unmix", help="model folder to write; an earlier training in it is moved to <output>/previous")
+    add("--output", default="open-unmix", help="model folder to write; what it holds is moved to <output>/previous")
     add("--overwrite", action="store_true", help="replace an earlier training instead")
     add("--checkpoint", help="model folder whose training to continue, with its flags, to --epochs in all")
     add("--quiet", action="store_true", help="print the last line only")
@@ -385,7 +385,7 @@ class Training:
             print(f"{self.target}: stopped early, after {self.stopping.bad_epochs} epochs without a lower validation loss")
 
     def save(self):
-        """Write weights (of the best epoch), record, curves and, last, the checkpoint: a kill in between repeats the epoch."""
+        """Write weights (of the best epoch), record, curves and, last, the checkpoint: a kill before it repeats the epoch."""
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
         record = {
             "target": self.target,
@@ -441,7 +441,8 @@ def plot_curves(history, best_epoch, target, path):
     axis, best = axes[0, 0], history["valid_loss_history"][best_epoch - 1]
     epochs = range(1, len(history["train_loss_history"]) + 1)
     for name, color in (("train", "tab:blue"), ("valid", "tab:orange")):
-        axis.plot(epochs, history[f"{name}_loss_history"], ".-" if len(epochs) < 30 else "-", color=color, label=f"{name} loss")
+        style = ".-" if len(epochs) < 30 else "-"
+        axis.plot(epochs, history[f"{name}_loss_history"], style, color=color, label=f"{name} loss")
     axis.plot(best_epoch, best, "o", markersize=8, color="tab:red", label=f"best: {best:.4g} in epoch {best_epoch}")
     for epoch, (before, after) in enumerate(itertools.pairwise(history["lr_history"]), start=2):
         if after != before:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import http.client
 import io
-import itertools
 import json
 import math
 import os
@@ -24,12 +23,14 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 # What json and torch.load raise on a damaged file: torch.load has no exception of its own.
@@ -106,21 +107,22 @@ def report(error):
 
 
 def printable(text):
-    """Text as one line without control characters, whatever a file's name holds."""
+    """Text as one line, its control characters spelt out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def add_separation_flags(parser):
     """The flags that test.py and eval.py share: which model, and how it separates."""
     add = parser.add_argument_group("separation").add_argument
-    add("--model", help="model folder, or published weights: umxl, umxhq, umx, umxse (default: open-unmix/ if it exists, else umxl)")
-    add("--targets", nargs="+", help="targets to estimate (default: all that the model has); the Wiener filter needs all for its best")
+    own = "open-unmix" if Path("open-unmix").is_dir() else "umxl"
+    add("--model", default=own, help="model folder (open-unmix/ where it exists), or umxl, umxhq, umx, umxse: published weights")
+    add("--targets", nargs="+", help="targets to estimate (default: all, which the Wiener filter needs for its best)")
     add("--niter", type=number(int, 0), default=1, help="iterations of the Wiener filter; 0 keeps the mixture's phase")
     add("--wiener-win-len", type=number(int, 0), default=300, help="frames on which it works at a time; 0: all")
     add("--wiener", choices=["own", "norbert"], default="own", help="whose Wiener filter: model.py's or norbert's (slow)")
     add("--softmask", action="store_true", help="start the filter from ratio masks instead of the networks' magnitudes")
-    add("--residual", nargs="?", type=file_name, const="residual", metavar="NAME", help="also estimate what belongs to no target")
-    add("--aggregate", metavar="JSON", help='sum targets, such as {"vocals": ["vocals"], "accompaniment": ["drums", "bass", "other"]}')
+    add("--residual", nargs="?", type=file_name, const="residual", metavar="NAME", help="also estimate what is left over")
+    add("--aggregate", metavar="JSON", help='sum targets: {"vocals": ["vocals"], "rest": ["drums", "bass", "other"]}')
     add("--amp", action="store_true", help="compute the networks in bfloat16")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
@@ -130,7 +132,20 @@ def add_separation_flags(parser):
 
 def process_rank():
     """(rank, local rank, number of processes) as torchrun sets them; (0, 0, 1) without torchrun."""
-    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+
+
+def gather(items):
+    """All processes' lists in one. Waits for the slowest: torchrun ends them all when one ends with an error."""
+    world = process_rank()[2]
+    if world == 1:
+        return items
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    lists = [None] * world
+    dist.all_gather_object(lists, items)
+    dist.destroy_process_group()
+    return sum(lists, [])
 
 
 def select_device(name=None):
@@ -199,8 +214,9 @@ def atomic_write(path):
 def save(data, path):
     """Write a torch object (.pth, .chkpnt) or a JSON-able one (.json), whole or not at all."""
     if Path(path).suffix == ".json":
-        content = json.dumps(data, indent=2, default=str)
-        content = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), content).encode()  # lists of numbers
+        text = json.dumps(data, indent=2, default=str)
+        text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers is one line
+        content = text.encode()
     else:
         buffer = io.BytesIO()  # torch.save straight to a full disk raises an error that names no cause
         torch.save(data, buffer)
@@ -222,7 +238,7 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: is damaged or not a {Path(path).suffix} file ({reason}); replace it") from error
 
 
-def download(url, path, sha256_start="", timeout=8.0, by_hand=None):
+def download(url, path, sha256_start="", by_hand=None):
     """Fetch `url` to `path` with a progress bar; only a whole file whose SHA-256 starts as given gets its name.
 
     Raises UserError that says which address failed, and where a file fetched by hand belongs.
@@ -232,7 +248,7 @@ def download(url, path, sha256_start="", timeout=8.0, by_hand=None):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # processes of one job may fetch at the same time
     by_hand = by_hand or f"fetch it by hand and put it at {path}"
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response, open(temporary, "wb") as file:
+        with urllib.request.urlopen(url, timeout=8) as response, open(temporary, "wb") as file:
             size = int(response.headers.get("Content-Length") or 0)
             digest = hashlib.sha256()
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
@@ -290,12 +306,12 @@ def use_ffmpeg():
     os.environ["PATH"] = folder + os.pathsep + os.environ.get("PATH", "")
 
 
-def import_musdb():
-    """The musdb package, which needs ffmpeg on PATH."""
-    use_ffmpeg()
-    import musdb
-
-    return musdb
+def ffprobe(path, entries):
+    """What ffprobe tells of a file's audio, such as {"streams": [...], "format": {...}}; {} where it can't read the file."""
+    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a", "-of", "json"]
+    command += ["-show_entries", entries, f"file:{path}"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    return json.loads(done.stdout or "{}") if done.returncode == 0 else {}
 
 
 # ---------------------------------------------------------------------------------------------- audio in
@@ -313,7 +329,7 @@ def wav_layout(path):
             return None
         size, form, data = os.fstat(file.fileno()).st_size, None, None
         while len(header := file.read(8)) == 8 and (form is None or data is None):
-            name, length, start = header[:4], struct.unpack("<I", header[4:])[0], file.tell()
+            (name, length), start = struct.unpack("<4sI", header), file.tell()
             if name == b"fmt ":
                 form = file.read(40)[:length]
             elif name == b"data":
@@ -335,7 +351,7 @@ def wav_layout(path):
 
 
 def check_whole(path):
-    """Raise UserError where a WAV or AIFF file ends before its samples do: soundfile reads what is there and says nothing."""
+    """Raise UserError where a WAV or AIFF file ends before its samples do: soundfile would read what is there, silently."""
     wav_layout(path)
     with open(path, "rb") as file:
         head, size = file.read(8), os.fstat(file.fileno()).st_size
@@ -397,7 +413,7 @@ class AudioStream:
     def __iter__(self):
         position = 0
         for block in self.decode():
-            block = torch.from_numpy(np.ascontiguousarray(block.T))  # (C, n)
+            block = torch.from_numpy(block.T.copy())  # (C, n)
             if not torch.isfinite(block).all():
                 second = (self.start + position) / self.rate
                 raise UserError(f"{self.path}: has NaN or infinite samples after {second:.0f} s; repair or export it again")
@@ -412,7 +428,7 @@ class AudioStream:
         try:
             with soundfile.SoundFile(str(self.path)) as file:
                 file.seek(self.start)
-                left = self.limit or math.inf
+                left = self.limit or sys.maxsize
                 while left and len(block := file.read(min(self.block, left), dtype="float32", always_2d=True)):
                     left -= len(block)
                     yield block
@@ -425,30 +441,27 @@ class AudioStream:
     def _probe(self, soundfile_error):
         """(rate, channels, length) by ffprobe. Sets `delay`: how many samples after the film its sound begins."""
         use_ffmpeg()
-        command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a:0", "-of", "json"]
-        command += ["-show_entries", "stream=sample_rate,channels,duration,start_time:format=duration,start_time", f"file:{self.path}"]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-        found = json.loads(done.stdout or "{}") if done.returncode == 0 else {}
+        found = ffprobe(self.path, "stream=sample_rate,channels,duration,start_time:format=duration,start_time")
         if not found.get("streams"):
             raise UserError(f"{self.path}: is not audio that can be read ({soundfile_error.error_string})")
         stream, whole = found["streams"][0], found.get("format", {})
         rate = int(stream["sample_rate"])
         delay = float(stream.get("start_time") or 0) - float(whole.get("start_time") or 0)
         self.delay = max(0, round(delay * rate))
-        return rate, int(stream["channels"]), float(stream.get("duration") or whole.get("duration") or math.inf) * rate + self.delay
+        seconds = float(stream.get("duration") or whole.get("duration") or math.inf)
+        return rate, int(stream["channels"]), seconds * rate + self.delay
 
     def _ffmpeg(self):
         """Blocks (n, C) by ffmpeg; what lies before `start` is decoded and dropped, so that every sample keeps its place."""
         command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{self.path}"]
         command += ["-map", "0:a:0", "-af", f"adelay={self.delay}S:all=1", "-f", "f32le", "-acodec", "pcm_f32le", "-"]
-        skip, left = self.start, self.limit or math.inf
+        skip, left = self.start, self.limit or sys.maxsize
         with tempfile.TemporaryFile() as messages:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process:
                 while left and (data := process.stdout.read(self.block * 4 * self.channels)):
-                    block = np.frombuffer(data[: len(data) // (4 * self.channels) * 4 * self.channels], "<f4")
-                    block = block.reshape(-1, self.channels)  # (n, C)
-                    skipped, skip = block[skip:], max(0, skip - len(block))
-                    block = skipped[: min(len(skipped), left)]
+                    whole = len(data) // (4 * self.channels)  # samples; a broken stream may end within one
+                    block = np.frombuffer(data, "<f4", whole * self.channels).reshape(whole, self.channels)
+                    block, skip = block[skip:][:left], max(0, skip - whole)
                     left -= len(block)
                     if len(block):
                         yield block
@@ -456,15 +469,10 @@ class AudioStream:
                 if not left:
                     process.kill()  # all that was asked for is here
             messages.seek(0)
-            complaint = messages.read().decode(errors="replace").strip().splitlines()
-        if left and (process.returncode or complaint):
-            raise UserError(f"{self.path}: breaks off or is damaged ({complaint[-1] if complaint else 'ffmpeg'}); replace it")
-
-
-def read_audio(path):
-    """A whole audio file: (waveform (C, N) float32 tensor, sample rate in Hz). Raises UserError as AudioStream."""
-    stream = AudioStream(path)
-    return torch.cat(list(stream), dim=1), stream.rate
+            complaints = messages.read().decode(errors="replace").strip().splitlines()
+        if left and (process.returncode or complaints):
+            reason = complaints[-1] if complaints else "ffmpeg"
+            raise UserError(f"{self.path}: breaks off or is damaged ({reason}); replace it")
 
 
 # Zero crossings of the sinc to either side: torchaudio's own 6 costs 3 dB at 18 kHz on the way from 48 kHz and back.
@@ -478,7 +486,8 @@ def resample(waveform, rate, new_rate):
     Raises UserError for rates without a common divisor to speak of: the filter bank would take gigabytes.
     """
     if rate * new_rate > 1e8 * math.gcd(rate, new_rate) ** 2:
-        raise UserError(f"audio of {rate} Hz can't be resampled to {new_rate} Hz; convert it first: ffmpeg -i FILE -ar {new_rate} NEW.wav")
+        by_hand = f"convert it first: ffmpeg -i FILE -ar {new_rate} NEW.wav"
+        raise UserError(f"audio of {rate} Hz can't be resampled to {new_rate} Hz; {by_hand}")
     return import_torchaudio().functional.resample(waveform, rate, new_rate, lowpass_filter_width=FILTER)
 
 
@@ -490,17 +499,15 @@ def resample_blocks(blocks, rate, new_rate):
     old, new = rate // math.gcd(rate, new_rate), new_rate // math.gcd(rate, new_rate)
     context = old * math.ceil(REACH * max(1, old / new) / old + 1)  # what the filter reaches over, in whole periods
     buffer, skip = None, 0  # samples that later output still needs; how many of them are context on the left
-    for block in itertools.chain(blocks, [None]):
-        if block is None:  # the end
-            if buffer is not None and buffer.shape[-1] > skip:
-                yield resample(buffer, rate, new_rate)[..., skip // old * new :]
-            return
+    for block in blocks:
         buffer = block if buffer is None else torch.cat([buffer, block], dim=-1)
         ready = (buffer.shape[-1] - context) // old * old
         if ready > skip:
             yield resample(buffer[..., : ready + context], rate, new_rate)[..., skip // old * new : ready // old * new]
             keep = max(0, ready - context)
             buffer, skip = buffer[..., keep:], ready - keep
+    if buffer is not None and buffer.shape[-1] > skip:
+        yield resample(buffer, rate, new_rate)[..., skip // old * new :]
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -508,21 +515,16 @@ def resample_blocks(blocks, rate, new_rate):
 
 def figure(rows, columns, size, **kwargs):
     """A matplotlib figure and its axes, drawn without a screen."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **kwargs)
+    picture = Figure(size, layout="constrained")
+    return picture, picture.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def save_figure(picture, path):
-    """Write a figure as PNG, whole or not at all, and close it."""
-    import matplotlib.pyplot as plt
-
+    """Write a figure as PNG, whole or not at all."""
     with atomic_write(path) as temporary:
         picture.savefig(temporary, format="png", dpi=110)
-    plt.close(picture)
 
 
 def plot_spectrograms(levels, sample_rate, n_hop, path):
@@ -538,25 +540,28 @@ def plot_spectrograms(levels, sample_rate, n_hop, path):
     picture, axes = figure(len(levels), 2, (14, 0.7 + 1.7 * len(levels)), sharex=True, sharey=True)
     nb_bins, frames = next(iter(levels.values())).shape
     seconds, low, high = frames * n_hop / sample_rate, 40, sample_rate / 2  # frequencies in Hz
-    rows = np.geomspace(low, high, 400) / high * (nb_bins - 1)  # a row of the picture has the loudest bin from here to the next
-    images = {name: np.maximum.reduceat(np.asarray(level), rows.round().astype(int)) for name, level in levels.items()}
+    # a row of the picture shows the loudest bin from its own to the next row's
+    rows = (np.geomspace(low, high, 400) / high * (nb_bins - 1)).round().astype(int)
+    images = {name: np.maximum.reduceat(np.asarray(level), rows) for name, level in levels.items()}
     mixture, *_ = images.values()
-    loudest = max(max(image.max() for image in images.values()), 1e-9)
+    loudest = max(1e-9, *(image.max() for image in images.values()))
+    box = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 3}
+    label = dict(x=0.008, y=0.92, color="white", weight="bold", va="top", bbox=box)
     drawing = dict(origin="lower", aspect="auto", extent=(0, seconds, math.log10(low), math.log10(high)))
     for (left, right), (name, image) in zip(axes, images.items()):
         level = 20 * np.log10(np.maximum(image / loudest, 1e-9))
         levels_drawn = left.imshow(level, **drawing, vmin=-70, vmax=0, cmap="magma")
         left.set_ylabel("kHz")
-        box = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 3}
-        left.text(0.008, 0.92, name, color="white", weight="bold", va="top", transform=left.transAxes, bbox=box)
+        left.text(s=name, transform=left.transAxes, **label)
         if image is mixture:
             right.set_axis_off()
         else:
             masks_drawn = right.imshow(image / np.maximum(mixture, 1e-9), **drawing, vmin=0, vmax=1, cmap="gray")
-            right.text(0.008, 0.92, f"mask of {name}", color="white", weight="bold", va="top", transform=right.transAxes, bbox=box)
+            right.text(s=f"mask of {name}", transform=right.transAxes, **label)
     left.yaxis.set_major_locator(FixedLocator([math.log10(hz) for hz in (100, 1000, 10000) if hz < high]))
     left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{10**y / 1000:g}"))
-    left.xaxis.set_major_locator(MultipleLocator(next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 8), 1800)))
+    step = next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 8), 1800)
+    left.xaxis.set_major_locator(MultipleLocator(step))
     left.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{int(s // 60)}:{s % 60:02.0f}"))
     for axis in axes[-1]:
         axis.set_xlabel("time (min:s)")

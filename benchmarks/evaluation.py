@@ -25,7 +25,8 @@ import numpy as np
 import torch
 torch.set_num_threads(2)
 import utils
-musdb = utils.import_musdb()
+utils.use_ffmpeg()
+import musdb
 import museval
 estimates = dict(np.load({folder!r} + "/estimates.npz"))
 """

@@ -15,6 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import musdb
 import numpy as np
 import pytest
 import soundfile
@@ -24,7 +25,7 @@ from conftest import EXCERPT, FOLDER, write_song
 import data
 from data import Audio, RandomMixes, WholeTracks, index_dataset, index_musdb, load_datasets, read_as
 from train import input_statistics, parse_args
-from utils import SOURCES, UserError, import_musdb, report, resample
+from utils import SOURCES, UserError, report, resample
 
 # ---------------------------------------------------------------------------------------------- reading files
 
@@ -459,7 +460,6 @@ def test_validation_split_is_that_of_musdb(tmp_path):
     for seed, name in enumerate(names):
         write_song(tmp_path / "train" / name, seconds=0.2, seed=seed)
         write_song(tmp_path / "test" / name, seconds=0.2, seed=seed)
-    musdb = import_musdb()
     for split in ("train", "valid"):
         theirs = musdb.DB(root=str(tmp_path), is_wav=True, subsets="train", split=split)
         assert [track.name for track in index_musdb(tmp_path, split)] == [track.name for track in theirs]
@@ -668,8 +668,7 @@ def test_decoded_stems_are_those_of_musdb(stems, tmp_path, capsys):
     """To the bit, in musdb's WAV layout; decoded once; musdb reads them with is_wav=True."""
     root = data.find_data(stems)
     needed = sum(path.stat().st_size for path in root.glob("*/*/*.wav")) / 1e9
-    assert root == tmp_path / "stems-wav" and f"3 tracks are made in {root} once: {needed:.2f} GB" in capsys.readouterr().out
-    musdb = import_musdb()
+    assert root == tmp_path / "stems-wav" and f"made once, in {root}: {needed:.2f} GB for 3 of 3 tracks" in capsys.readouterr().out
     theirs, again = musdb.DB(root=str(stems), subsets="train"), musdb.DB(root=str(root), is_wav=True, subsets="train")
     assert [track.name for track in theirs] == [track.name for track in again] == ["A - B", "C [D] - E"]
     decoded = theirs[0].stems  # (5, N, 2)
@@ -811,7 +810,6 @@ def test_sample_whole(sample_zip, tmp_path, monkeypatch, capsys):
     ]
     assert len(index_musdb(root, "train")) == len(index_musdb(root, "valid")) == len(index_musdb(root, "test")) == 1
     assert data.find_data() == root  # the server is gone
-    musdb = import_musdb()
     assert len(musdb.DB(download=True)) == 3  # musdb takes it for its own download
     monkeypatch.setenv("MUSDB_PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere: no such folder; MUSDB_PATH names one"):
@@ -913,7 +911,7 @@ def test_synthesized_dataset(songs, excerpt_folder):
         assert {(rate, samples.shape) for samples, rate in audio.values()} == {(44100, (8 * 44100, 2))}
         np.testing.assert_array_equal(audio["mixture"][0], sum(audio[name][0] for name in SOURCES))
         assert 3000 < np.abs(audio["mixture"][0].astype(int)).max() < 0.9 * 32768
-    tracks = import_musdb().DB(root=str(songs), is_wav=True)
+    tracks = musdb.DB(root=str(songs), is_wav=True)
     assert sorted((track.subset, track.name) for track in tracks) == [
         ("test", "Synthesized - Song 01"),
         ("test", excerpt_folder.name),

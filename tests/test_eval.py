@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import musdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,9 +21,8 @@ from conftest import sdr as sdr_of
 import eval as evaluation
 from data import index_musdb, synthesize_song
 from eval import METRICS, SOURCES, TARGETS, bss_eval, oracle, score, whole_track_scores
-from utils import UserError, import_musdb, run
+from utils import UserError, run
 
-musdb = import_musdb()
 museval = pytest.importorskip("museval")
 if not hasattr(np.linalg, "linalg"):
     np.linalg.linalg = np.linalg  # what museval 0.4.1 looks for in numpy

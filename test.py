@@ -163,16 +163,6 @@ class Input:
             self.bar.update(share * block.shape[1] / self.stream.rate)
 
 
-def one_ahead(blocks):
-    """The same blocks, each computed in another thread while the one before it is written."""
-    blocks = iter(blocks)
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = thread.submit(next, blocks, None)
-            yield block
-
-
 def separate(separator, path, paths, args):
     """Separate one file into `paths`, {stem name: file}; returns how long it took, as text."""
     stream = AudioStream(path, args.start, args.duration)
@@ -183,7 +173,7 @@ def separate(separator, path, paths, args):
         bar = tqdm(total=total, desc=printable(path.name), disable=args.quiet, bar_format=BAR)
         stack.enter_context(bar)
         estimates = separator.stream(Input(stream, separator.sample_rate, bar))
-        for block in one_ahead(resample_blocks(estimates, separator.sample_rate, stream.rate)):
+        for block in resample_blocks(estimates, separator.sample_rate, stream.rate):
             block = block[..., : stream.length - written].float().cpu()  # (J, C, n)
             written += block.shape[-1]
             samples = sum_targets(block, separator, args)

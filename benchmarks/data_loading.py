@@ -110,6 +110,7 @@ def measure_in(folder, quick):
         write_stems(stems, repeats)
         ((seconds, _),) = timings(partial(find_data, stems), repeats=1, warmup=0)
         root = find_data(stems)
+        os.sync()  # what is written meanwhile takes time from what is measured
         rows.append(compare(f"{name}, stems", ours(root), theirs(stems, False), quick))
         rows.append(compare(f"{name}, WAV", ours(root), theirs(root, True), quick))
     rows += [with_workers(ours(root), workers, quick) for workers in sorted({2, os.cpu_count()})]

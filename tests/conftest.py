@@ -18,9 +18,12 @@ from utils import UserError, import_torchaudio, save, use_ffmpeg
 
 FOLDER = Path(__file__).parents[1]
 EXCERPT = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
-torch.set_num_threads(1)  # tests run in two processes
 use_ffmpeg()
 import_torchaudio()  # so that openunmix, which imports it, can
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # tests run in two processes
 
 
 def sdr(reference, estimate):

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=4 train.py --root MUSDB18  the same training on four GPUs
 """
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -90,7 +91,7 @@ def make_parser():
     add("--lr-decay-patience", type=number(int, 0), default=80, help="lower the rate after so many such epochs")
     add("--lr-decay-gamma", type=number(float, 1e-6, 0.999999), default=0.3, help="by this factor")
     add("--seed", type=number(int, 0), default=42, help="of weights, examples and dropout")
-    add("--amp", action="store_true", help="compute the network in bfloat16")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="compute the network in bfloat16")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
     add = parser.add_argument_group("output").add_argument
@@ -297,7 +298,7 @@ def check_finite(losses, name, lr, args):
         step = finite.int().argmin().item()
         raise UserError(
             f"{name}, step {step + 1}: the loss is {losses[step].item()} at learning rate {lr:g}; the best model so far is "
-            f"kept; lower the rate{' or leave out --amp' * args.amp}: {command_to_continue(args)} --lr {lr / 10:g}"
+            f"kept; lower the rate{' or add --no-amp' * args.amp}: {command_to_continue(args)} --lr {lr / 10:g}"
         )
 
 
@@ -448,7 +449,7 @@ def plot_curves(history, best_epoch, target, path):
         if after != before:
             axis.axvline(epoch, color="gray", linewidth=0.8, linestyle="--")
             axis.annotate(f" lr {after:.2g}", (epoch, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="gray")
-    axis.set(title=target, xlabel="epoch", ylabel="mean squared error of magnitudes", yscale="log")
+    axis.set(title=target, xlabel="epoch", ylabel="loss", yscale="log")
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         ticks("{x:g}")

@@ -314,7 +314,7 @@ def test_every_flag_has_a_row(script, monkeypatch):
     parsers, parse_args = [], Parser.parse_args
     monkeypatch.setattr(Parser, "parse_args", lambda parser, *rest: parsers.append(parser) or parse_args(parser, *rest))
     SCRIPTS[script].parse_args(["song.wav"] if script == "test.py" else [])
-    options = {action.option_strings[-1] if action.option_strings else action.dest for action in parsers[0]._actions}
+    options = {(action.option_strings or [action.dest])[-1].replace("--no-", "--") for action in parsers[0]._actions}
     assert options - {"--help"} == {flag_of(row) for row in ROWS[script]}
 
 

@@ -46,7 +46,7 @@ def apply(diff, folder):
     (folder / script).write_text(text, encoding="utf-8")
 
 
-RECIPES = re.findall(r"^#### (.+?)\n(.*?)(?=^###)", README, re.M | re.S)
+RECIPES = re.findall(r"^#### (.+?)\n(.*?)(?=^##)", README, re.M | re.S)
 
 
 @pytest.mark.parametrize("name,text", RECIPES, ids=[name for name, _ in RECIPES])

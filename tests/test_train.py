@@ -294,6 +294,8 @@ def test_checkpoint_keeps_the_flags(call):
         assert found["lr_history"] == [0.001, 1e-4] and found["epochs_trained"] == 2
         assert found["optimizer"]["param_groups"][0]["weight_decay"] == 0  # given by hand
     assert call("--checkpoint", "open-unmix", "--epochs", 2)[1].count("epoch") == 0  # nothing left to do
+    assert call("--checkpoint", "open-unmix", "--epochs", 3, "--amp")[1].startswith("cpu (1 threads), bfloat16")
+    assert call("--checkpoint", "open-unmix", "--epochs", 4, "--no-amp")[1].startswith("cpu (1 threads), float32")
 
 
 def test_determinism(call):

@@ -551,7 +551,8 @@ def train_targets(args, given):
     rank, _, world = process_rank()
     for turn in range(world):  # what the first process fetches or decodes, the next ones find
         if turn == rank:
-            train_tracks, valid_tracks, sample_rate, mix = index_dataset(args)
+            with contextlib.redirect_stderr(io.StringIO()) if args.quiet else contextlib.nullcontext():  # its bars
+                train_tracks, valid_tracks, sample_rate, mix = index_dataset(args)
         if world > 1:
             dist.barrier()
     args.sample_rate = args.sample_rate or sample_rate

@@ -589,7 +589,12 @@ def test_commit_of_a_copy_without_git(tmp_path, monkeypatch):
     assert train.commit() is None  # no git
 
 
-def test_quiet(call):
+def test_quiet(call, monkeypatch):
+    def index(args, index_dataset=train.index_dataset):
+        print("a bar of what is decoded", file=sys.stderr)
+        return index_dataset(args)
+
+    monkeypatch.setattr(train, "index_dataset", index)
     code, printed, shown = call("--epochs", 2, "--quiet")
     assert (code, shown) == (0, "") and printed.startswith("trained vocals: open-unmix/. Next: ") and printed.count("\n") == 1
 

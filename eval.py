@@ -294,7 +294,7 @@ def separate(separator, track, args):
     x = resample(torch.from_numpy(audio.read(0, audio.length)), audio.rate, separator.sample_rate)
     estimates = torch.cat([block.float().cpu() for block in separator.stream([x])], dim=-1)
     estimates = resample(estimates, separator.sample_rate, audio.rate)[..., : audio.length]  # (J, C, N)
-    return {name: stem.numpy() for name, stem in sum_targets(estimates, separator, args).items()}
+    return {name: stem.numpy() for name, stem in sum_targets(estimates, separator.targets, args.sums).items()}
 
 
 def given_targets(args, tracks):

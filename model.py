@@ -677,7 +677,6 @@ def separator_from_flags(args):
     separator.amp = args.amp
     if args.wiener == "norbert":
         separator.wiener = norbert_wiener
-    aggregation(separator.targets, args)  # for its check of the flag
     return separator.to(device).eval()
 
 
@@ -702,8 +701,7 @@ def aggregation(targets, args):
     return sums
 
 
-def sum_targets(estimates, separator, args):
-    """Estimates (J, C, n) -> {stem name: (C, n)} as --aggregate asks."""
-    index = {target: j for j, target in enumerate(separator.targets)}
-    sums = aggregation(separator.targets, args)
-    return {name: sum(estimates[index[target]] for target in targets) for name, targets in sums.items()}
+def sum_targets(estimates, targets, sums):
+    """Estimates (J, C, n) of `targets` -> {stem name: (C, n)}, as `aggregation` says."""
+    by_name = dict(zip(targets, estimates))
+    return {name: sum(by_name[target] for target in parts) for name, parts in sums.items()}

@@ -83,8 +83,8 @@ def is_audio(path):
 
 def tell_apart(name, paths):
     """Pairs of path and name for files that are all called `name`: song.mp3 and song.wav, or A/song and B/song."""
+    folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
     for form in "{name}", "{name}{suffix}", "{folder}/{name}", "{folder}/{name}{suffix}":
-        folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
         names = [form.format(name=name, suffix=path.suffix, folder=folder).lstrip("/") for path, folder in zip(paths, folders)]
         if len(set(names)) == len(paths):
             break
@@ -176,7 +176,7 @@ def separate(separator, path, paths, args):
         for block in resample_blocks(estimates, separator.sample_rate, stream.rate):
             block = block[..., : stream.length - written].float().cpu()  # (J, C, n)
             written += block.shape[-1]
-            samples = sum_targets(block, separator, args)
+            samples = sum_targets(block, separator.targets, args.sums)
             for name, stem in stems.items():
                 stem.write(samples[name])
         with ThreadPoolExecutor() as pool:
@@ -190,7 +190,7 @@ def separate(separator, path, paths, args):
 def process(separator, path, name, args):
     """Separate one song, and write what else was asked for."""
     folder = Path(args.outdir, name)
-    paths = {stem: folder / f"{stem}.{args.ext}" for stem in aggregation(separator.targets, args)}
+    paths = {stem: folder / f"{stem}.{args.ext}" for stem in args.sums}
     missing = {stem: file for stem, file in paths.items() if args.overwrite or not file.exists()}
     if len(missing) < len(paths):
         kept = ", ".join(stem for stem in paths if stem not in missing)
@@ -260,6 +260,7 @@ def main():
     rank, _, world = process_rank()
     args.quiet |= world > 1  # the bars of several processes would overwrite each other
     separator = separator_from_flags(args)
+    args.sums = aggregation(separator.targets, args)
     failed = []
     for path, name in songs[rank::world]:
         try:

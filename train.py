@@ -233,7 +233,7 @@ def magnitudes(waveforms, args, device):
     parts = []
     for part in waveforms.split(size):
         X = stft(part, args.nfft, args.nhop).permute(3, 0, 1, 2)  # (T, B, C, F)
-        parts.append((X.real.square() + X.imag.square()).sqrt())  # on a CPU three times as fast as X.abs()
+        parts.append((X.real.square() + X.imag.square()).sqrt())  # on a CPU at least twice as fast as X.abs()
     return torch.cat(parts, dim=1).permute(1, 2, 3, 0)
 
 

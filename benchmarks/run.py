@@ -1,6 +1,6 @@
 """Run all benchmarks against the published implementation and print one table: python benchmarks/run.py [--quick]
 
-It takes a quarter of an hour on two cores, and --quick, which only shows that everything runs, a minute or two.
+It takes ten minutes on two cores, and --quick, which only shows that everything runs, a minute or two.
 """
 
 import importlib

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ import_torchaudio()  # so that openunmix, which imports it, can
 
 def pytest_configure():
     torch.set_num_threads(1)  # tests run in two processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all they start, ignore it
 
 
 def sdr(reference, estimate):

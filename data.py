@@ -1,267 +1,356 @@
-"""Songs in, training examples out: dataset layouts, MUSDB18's sample, stems to WAV, synthesized songs, random mixes.
+"""Songs in, training examples out.
 
-    files -> index_...() -> list of Track -> RandomMixes (training) or WholeTracks (validation) -> (mixture, target)
+    files -> a layout's index function -> [Track] -> RandomMixes, WholeTracks -> (mixture, target)
 
-Axis letters: C channels, N samples (see model.py).
+Axis letters: C channels, N samples, K targets (see model.py).
 """
 
 import collections
 import contextlib
 import functools
 import importlib.util
+import inspect
 import itertools
 import math
 import os
 import shutil
-import subprocess
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 import torch
 import yaml
-from filelock import FileLock
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from utils import REACH, SOURCES, UserError, download, ffprobe, resample, use_ffmpeg, wav_layout
-
-# glibc's malloc gives arrays of megabytes back to the system and asks for them anew, page by page, unless it has once
-# freed a larger one. Without this line page faults take two thirds of the time of an example.
-np.empty(30 << 20, np.uint8)
-
-# ---------------------------------------------------------------------------------------------- files and tracks
-
-
-@dataclass(frozen=True)
-class Audio:
-    """One indexed audio file, mono or stereo, of `length` samples."""
-
-    path: str
-    rate: int
-    channels: int
-    length: int
-    layout: tuple  # (dtype, offset in bytes) of a PCM WAV's samples, read from where they lie; () for what soundfile reads
-    stamp: tuple  # (size, modification time) when it was indexed
-
-    @classmethod
-    def index(cls, path):
-        """Read a file's header. Raises UserError for a file that is unreadable, empty, cut short, or not mono or stereo."""
-        try:
-            status, wav = os.stat(path), wav_layout(path)
-            info = None if wav else soundfile.info(str(path))
-        except (OSError, soundfile.LibsndfileError) as error:
-            raise UserError(f"{path}: is not audio that can be read ({error}); replace it") from error
-        rate, channels, *layout, length = wav or (info.samplerate, info.channels, info.frames)
-        if not length or channels > 2:
-            raise UserError(f"{path}: has {channels} channels and {length} samples; replace it with sound in mono or stereo")
-        audio = cls(str(path), rate, channels, length, tuple(layout), (status.st_size, status.st_mtime_ns))
-        audio.read(length - 1, 1)  # a header may promise more than there is
-        return audio
-
-    def read(self, start, length):
-        """Samples `start` to `start + length` as (C, N) float32 between -1 and 1, with silence beyond the file's ends.
-
-        Raises UserError for a file that is gone, was changed since it was indexed, or is damaged.
-        """
-        first = max(start, 0)
-        last = max(first, min(start + length, self.length))
-        audio = np.empty((self.channels, length), np.float32)
-        audio[:, : first - start] = audio[:, last - start :] = 0
-        try:
-            status = os.stat(self.path)
-            if (status.st_size, status.st_mtime_ns) != self.stamp:
-                raise UserError(f"{self.path}: was changed since it was indexed; start again")
-            if first < last:
-                samples = self.samples(first, last - first)
-                scale = 1 if samples.dtype.kind == "f" else 0.5 ** (8 * samples.itemsize - 1)
-                np.multiply(samples.T, np.float32(scale), out=audio[:, first - start : last - start], dtype=np.float32)
-        except (OSError, ValueError, soundfile.LibsndfileError) as error:  # ValueError: too few to reshape
-            raise UserError(f"{self.path}: is gone, damaged or cut short ({error}); replace it") from error
-        return audio
-
-    def samples(self, first, count):
-        """`count` samples from `first` on, as stored: (n, C) integers or floats; 24-bit ones as 32-bit integers."""
-        if not self.layout:
-            with soundfile.SoundFile(self.path) as file:
-                file.seek(first)
-                return file.read(count, dtype="float32", always_2d=True).reshape(count, self.channels)
-        dtype, offset = self.layout
-        stored = np.dtype("(3,)u1" if dtype == "<i3" else dtype)
-        offset += first * self.channels * stored.itemsize
-        samples = np.fromfile(self.path, stored, count * self.channels, offset=offset)
-        if dtype == "<i3":
-            samples = np.pad(samples, [(0, 0), (1, 0)]).view("<i4")  # a low byte of zero
-        return samples.reshape(count, self.channels)
-
-
-def read_as(audio, start, length, rate, channels):
-    """`audio.read` in another sample rate and channel count; `start` and `length` count samples at `rate`."""
-    if audio.rate == rate:
-        samples = audio.read(start, length)  # (C, N)
-    else:  # whole periods of the rates' ratio and some context give the same samples as resampling the whole file
-        divisor = math.gcd(audio.rate, rate)
-        old, new = audio.rate // divisor, rate // divisor
-        context = math.ceil(REACH * max(1, old / new) / old)  # periods
-        first = start // new
-        periods = -(-(start + length) // new) - first
-        samples = audio.read((first - context) * old, (periods + 2 * context) * old)
-        samples = resample(torch.from_numpy(samples), audio.rate, rate).numpy()
-        skip = context * new + start - first * new
-        samples = samples[:, skip : skip + length]
-    if len(samples) == channels:
-        return samples
-    return samples.mean(0, keepdims=True) if channels == 1 else np.repeat(samples, channels, axis=0)
+import utils
+from utils import SOURCES, AudioFile, UserError, check_name
 
 
 @dataclass(frozen=True)
 class Track:
-    """One song (or one recording of a source): its sources by name and, where there is one, the mixture's own file."""
+    """One song, or one recording of a source."""
 
     name: str
-    sources: dict
-    mixture: Audio | None = None
+    sources: dict  # {source: AudioFile}
+    mixture: AudioFile | None = None  # where it has a file of its own
 
     @property
     def input(self):
-        """What adds up to the mixture: its own file where there is one, else the sources."""
+        """The files that add up to the mixture: its own where there is one, else the sources."""
         return [self.mixture] if self.mixture else [*self.sources.values()]
 
 
-def length_at(rate, audios):
+def read_as(audio, start, length, rate, channels):
+    """`audio.read` in so many channels and at `rate` Hz: `start` and `length` count its samples."""
+    if audio.rate == rate:
+        samples = audio.read(start, length)  # (C, N)
+    else:  # whole periods of the rates' ratio, and context: as if the whole were resampled at once
+        divisor = math.gcd(audio.rate, rate)
+        old, new = audio.rate // divisor, rate // divisor
+        context = math.ceil(utils.REACH * max(1, old / new) / old)  # periods
+        first = start // new
+        periods = -(-(start + length) // new) - first
+        samples = audio.read((first - context) * old, (periods + 2 * context) * old)
+        samples = utils.resample(torch.from_numpy(samples), audio.rate, rate).numpy()
+        skip = context * new + start - first * new
+        samples = samples[:, skip : skip + length]
+    if channels == 1:
+        return samples.mean(0, keepdims=True)
+    return samples if len(samples) == channels else np.repeat(samples, channels, axis=0)
+
+
+def length_at(rate, files):
     """Samples of the longest of some files, at `rate`."""
-    return max(-(-audio.length * rate // audio.rate) for audio in audios)
+    return max(-(-audio.length * rate // audio.rate) for audio in files)
 
 
-def target_sources(target, tracks):
-    """The sources that make up a target: [[its own name]], or all but vocals for "accompaniment": [[name, ...]].
+# ------------------------------------------------------------------------------------ the datasets
 
-    "all" is every source by itself, [[name], ...]: a target of as many times C channels, for a network that estimates
-    them together.
+
+@dataclass(eq=False)
+class RandomMixes(torch.utils.data.Dataset):
+    """Training examples: random excerpts of each source, each augmented, and their sum.
+
+    Example `index`, mixture (C, N) and target (K * C, N) in float32, is a pure function of (seed,
+    index). Indices go on beyond `len`: epoch e has the examples e * len to (e + 1) * len - 1.
     """
+
+    tracks: list
+    targets: list  # K names: sources of the tracks, or "accompaniment"
+    sample_rate: int  # of the examples, in Hz
+    nb_channels: int = 2
+    seq_dur: float = 6.0  # seconds
+    samples_per_track: int = 64  # in each epoch
+    seed: int = 42
+    augmentations: tuple = ()  # functions (audio (C, N) float32, numpy Generator) -> audio
+    # Interferers come each from a track of its own ("tracks"), all from one other ("track"), from
+    # the target's, in time with it ("own"); "aligned": likewise, the input is the mixture's file.
+    mix: str = "tracks"
+    endless = True
+
+    def __post_init__(self):
+        self.length = round(self.seq_dur * self.sample_rate)
+        self.parts = sources_of(self.targets, self.tracks)
+        self.wanted = [*dict.fromkeys(itertools.chain(*self.parts))]
+        names = sorted({name for track in self.tracks for name in track.sources})
+        self.pools = {name: [t for t in self.tracks if name in t.sources] for name in names}
+        if self.mix == "tracks":
+            self.tracks = self.pools[self.wanted[0]]
+
+    def __len__(self):
+        return len(self.tracks) * self.samples_per_track
+
+    def __getitem__(self, index):
+        keep_freed_memory()
+        rng = np.random.default_rng((self.seed, index))
+        track = self.tracks[index % len(self) // self.samples_per_track]
+        mixture = np.zeros((self.nb_channels, self.length), np.float32)
+        targets = np.zeros((len(self.parts), *mixture.shape), np.float32)
+        for name, audio, start in self.draw(track, rng):
+            excerpt = read_as(audio, start, self.length, self.sample_rate, self.nb_channels)
+            for augment in self.augmentations:
+                excerpt = augment(excerpt, rng)
+            if self.mix != "aligned" or name == "mixture":
+                mixture += excerpt
+            for part, target in zip(self.parts, targets):
+                if name in part:
+                    target += excerpt
+        return torch.from_numpy(mixture), torch.from_numpy(targets).flatten(0, 1)  # (K * C, N)
+
+    def draw(self, track, rng):
+        """Choose the excerpts of an example: yields (source, AudioFile, first sample)."""
+        if self.mix == "tracks":
+            for name, pool in self.pools.items():
+                chosen = track if name == self.wanted[0] else pool[rng.integers(len(pool))]
+                yield name, chosen.sources[name], self.position([chosen.sources[name]], rng)
+            return
+        other = track
+        start = other_start = self.position(track.input, rng)
+        if self.mix == "track":
+            other = self.tracks[rng.integers(len(self.tracks))]
+            other_start = self.position(other.input, rng)
+        if self.mix == "aligned":
+            yield "mixture", track.mixture, start
+        for name, audio in track.sources.items():
+            if name in self.wanted:
+                yield name, audio, start
+        for name, audio in other.sources.items():
+            if name not in self.wanted:
+                yield name, audio, other_start
+
+    def position(self, files, rng):
+        return int(rng.integers(max(1, length_at(self.sample_rate, files) - self.length + 1)))
+
+
+@dataclass(eq=False)
+class WholeTracks(torch.utils.data.Dataset):
+    """Whole songs, for validation and statistics: mixture (C, N) and target (K * C, N), float32.
+
+    The mixture is its own file where there is one, else the sum of the sources. Without targets
+    (K = 0) no other file is read.
+    """
+
+    tracks: list
+    targets: list
+    sample_rate: int
+    nb_channels: int = 2
+
+    def __post_init__(self):
+        self.parts = sources_of(self.targets, self.tracks)
+
+    def __len__(self):
+        return len(self.tracks)
+
+    def __getitem__(self, index):
+        track = self.tracks[index]
+        length = length_at(self.sample_rate, track.input)
+        mixture = np.zeros((self.nb_channels, length), np.float32)
+        targets = np.zeros((len(self.parts), *mixture.shape), np.float32)
+        parts = [[track.sources[n] for n in part if n in track.sources] for part in self.parts]
+        for waveform, files in zip((mixture, *targets), (track.input, *parts)):
+            for audio in files:
+                waveform += read_as(audio, 0, length, self.sample_rate, self.nb_channels)
+        return torch.from_numpy(mixture), torch.from_numpy(targets).flatten(0, 1)
+
+
+def sources_of(targets, tracks):
+    """The sources that make up each target: itself, or all but vocals for "accompaniment"."""
     names = sorted({name for track in tracks for name in track.sources})
-    if target in names:
-        return [[target]]
-    if target == "accompaniment" and "vocals" in names:
-        return [[name for name in names if name != "vocals"]]
-    if target == "all":
-        return [[name] for name in names]
-    raise UserError(f"--target {target}: no such source in the data; it has {', '.join(names[:9])}")
+    parts = {name: [name] for name in names}
+    if "vocals" in names and len(names) > 1:
+        parts.setdefault("accompaniment", [name for name in names if name != "vocals"])
+    for target in set(targets) - set(parts):
+        known = ", ".join(names[:9])
+        raise UserError(f"--target {target}: no such source in the data; it has {known}")
+    return [parts[target] for target in targets]
 
 
-# ---------------------------------------------------------------------------------------------- layouts of datasets
+@functools.cache
+def keep_freed_memory():
+    """Make malloc keep what it has freed, once in each process: examples come 3.5 times as fast.
+
+    glibc gives arrays of megabytes back to the system, and asks for them anew, page by page, until
+    it has freed a larger one.
+    """
+    np.empty(30 << 20, np.uint8)
+
+
+def augment_gain(audio, rng):
+    """Scale by a random factor between 0.25 and 1.25: (C, N) -> (C, N)."""
+    return audio * np.float32(rng.uniform(0.25, 1.25))
+
+
+def augment_channelswap(audio, rng):
+    """Swap left and right with probability one half: (C, N) -> (C, N)."""
+    return audio[::-1] if rng.random() < 0.5 else audio
+
+
+AUGMENTATIONS = {"gain": augment_gain, "channelswap": augment_channelswap}
+
+
+# ----------------------------------------------------------------------------------------- layouts
 
 
 def index_musdb(root, split):
-    """MUSDB18 in musdb's WAV layout: MUSDB18-HQ, decoded stems (`decode_stems`) or synthesized songs.
+    """MUSDB18 in musdb's WAV layout: MUSDB18-HQ, decoded stems or synthesized songs.
 
         root/train/<track>/mixture.wav  drums.wav  bass.wav  other.wav  vocals.wav
         root/test/<track>/...
 
-    The splits "train" and "valid" part root/train by musdb's own list of validation tracks (a dataset with none of those
-    gives every seventh track).
+    "train" and "valid" part root/train by musdb's own list of validation tracks (a data set with
+    none of those gives every seventh track).
     """
-    subset = "test" if split == "test" else "train"
-    folders = track_folders(root, subset, ["mixture.wav", *(f"{name}.wav" for name in SOURCES)])
-    tracks = [Track(folder.name, dict(zip(SOURCES, sources)), mixture) for folder, (mixture, *sources) in folders]
-    if split == "test":
-        return tracks
-    names = [track.name for track in tracks]
-    validation = set(musdb_settings()["validation_tracks"]).intersection(names) or set(names[::7])
-    part = [track for track in tracks if (track.name in validation) == (split == "valid")]
-    if not part:
-        raise UserError(f"{root}/train: has {len(names)} tracks, all of them for validation; add more")
-    return part
+    files = ["mixture.wav", *(f"{source}.wav" for source in SOURCES)]
+    folders = track_folders(root, "test" if split == "test" else "train", files)
+    if split != "test":
+        names = [folder.name for folder in folders]
+        listed = set(musdb_settings()["validation_tracks"]).intersection(names) or names[::7]
+        folders = {f: p for f, p in folders.items() if (f.name in listed) == (split == "valid")}
+        if not folders:
+            raise UserError(f"{root}/train: has {len(names)} tracks, all for validation; add more")
+    tracks = []
+    for folder, paths in folders.items():
+        mixture, *sources = map(AudioFile.open, paths)
+        for audio in sources:
+            if length_at(mixture.rate, [audio]) != mixture.length:
+                lengths = f"has {audio.length} samples, its mixture {mixture.length}"
+                raise UserError(f"{audio.path}: {lengths}; make them equal or remove the track")
+        tracks.append(Track(folder.name, dict(zip(SOURCES, sources)), mixture))
+    return tracks
 
 
 def index_aligned(root, split, input_file="mixture.wav", output_file="vocals.wav"):
-    """Pairs of files that match sample by sample, for denoising or any input -> output; the longer one is cut.
+    """Pairs of files that match sample by sample, for any input -> output; the longer one is cut.
 
-    root/train/<track>/mixture.wav --> input
-    root/train/<track>/vocals.wav ---> output
-    root/valid/<track>/...
+    root/train/<track>/mixture.wav --> input, vocals.wav --> output; root/valid/<track>/...
     """
+    check_sources([Path(output_file).stem], "--output-file")
+    if input_file == output_file:
+        raise UserError(f"--output-file {output_file}: is the input, too; name another file")
     tracks = []
-    for folder, pair in track_folders(root, split, [input_file, output_file]):
+    for folder, paths in track_folders(root, split, [input_file, output_file]).items():
+        pair = [*map(AudioFile.open, paths)]
         seconds = min(audio.length / audio.rate for audio in pair)
-        mixture, target = (replace(audio, length=round(seconds * audio.rate)) for audio in pair)
+        mixture, target = (replace(a, length=round(seconds * a.rate)) for a in pair)
         tracks.append(Track(folder.name, {Path(output_file).stem: target}, mixture))
     return tracks
 
 
-def index_sourcefolder(root, split, target_dir, interferer_dirs, ext=".wav"):
+def index_sourcefolder(
+    root, split, target_dir="vocals", interferer_dirs=("drums", "bass", "other"), ext=".wav"
+):
     """A folder of recordings for each source, not aligned with each other; mixed at random.
 
-    root/train/vocals/track11.wav -----------------.
-    root/train/drums/track202.wav  (interferer 1) --+--> input
-    root/train/bass/track007a.wav  (interferer 2) -'
-    root/train/vocals/track11.wav ---------------------> output
-    root/valid/...
+    root/train/vocals/track11.wav + drums/track202.wav + bass/track007a.wav --> input
+    root/train/vocals/track11.wav --> output; root/valid/...
     """
+    names = [Path(target_dir).stem, *("-".join(Path(name).parts) for name in interferer_dirs)]
+    check_sources(names, "--interferer-dirs")
     tracks = []
-    for source, name in {Path(target_dir).stem: target_dir, **{name: name for name in interferer_dirs}}.items():
-        folder = Path(root, split, name)
-        files = [path for path in visible(folder) if path.name.endswith(ext)]
+    for name, place in zip(names, (target_dir, *interferer_dirs)):
+        folder = Path(root, split, place)
+        files = visible(folder, ext)
         if not files:
             raise UserError(f"{folder}: no files *{ext} there; {found_in(folder)}")
-        tracks += [Track(f"{name}/{path.stem}", {source: Audio.index(path)}) for path in files]
+        tracks += [Track(f"{name}-{path.stem}", {name: AudioFile.open(path)}) for path in files]
     return tracks
 
 
-def index_trackfolder_fix(root, split, target_file="vocals.wav", interferer_files=("drums.wav", "bass.wav", "other.wav")):
+def index_trackfolder_fix(
+    root, split, target_file="vocals.wav", interferer_files=("drums.wav", "bass.wav", "other.wav")
+):
     """Track folders that all hold the same files; their sum is the input.
 
-    root/train/<track>/vocals.wav ---------------.
-    root/train/<track>/drums.wav (interferer 1) --+--> input
-    root/train/<track>/bass.wav  (interferer 2) -'
-    root/train/<track>/vocals.wav -------------------> output
-    root/valid/<track>/...
+    root/train/<track>/vocals.wav + drums.wav + bass.wav + other.wav --> input
+    root/train/<track>/vocals.wav --> output; root/valid/<track>/...
     """
-    names = [Path(target_file).stem, *interferer_files]
-    folders = track_folders(root, split, [target_file, *interferer_files])
-    return [Track(folder.name, dict(zip(names, files))) for folder, files in folders]
+    files = [target_file, *interferer_files]
+    names = [Path(file).stem for file in files]
+    check_sources(names, "--interferer-files")
+    tracks = track_folders(root, split, files).items()
+    return [Track(path.name, dict(zip(names, map(AudioFile.open, fs)))) for path, fs in tracks]
 
 
 def index_trackfolder_var(root, split, target_file="vocals.wav", ext=".wav", silence_missing=False):
-    """Track folders with any number of files besides the target (no mixture among them!); their sum is the input.
+    """Track folders with any number of files; all but mixture.* add up to the input.
 
-    root/train/<track>/vocals.wav --------> output
-    root/train/<track>/*.wav, summed -----> input
-    root/valid/<track>/...
+    root/train/<track>/*.wav, summed --> input
+    root/train/<track>/vocals.wav --> output; root/valid/<track>/...
     With `silence_missing` a track without the target file counts as one whose target is silent.
     """
     tracks = []
-    for folder, _ in track_folders(root, split, [] if silence_missing else [target_file]):
-        files = [path for path in visible(folder) if path.name == target_file or path.name.endswith(ext)]
-        names = [Path(target_file).stem if path.name == target_file else path.name for path in files]
+    wanted = Path(target_file).stem
+    for folder in track_folders(root, split, [] if silence_missing else [target_file]):
+        target = find_file(folder, target_file)
+        others = [p for p in visible(folder, ext) if p != target and p.stem != "mixture"]
+        if target and not others:
+            raise UserError(f"{folder}: no file *{ext} to mix with {target.name}; see --ext")
+        check_sources([wanted, *(path.stem for path in others)], folder)
+        files = {path: path.stem for path in others} | ({target: wanted} if target else {})
         if files:
-            tracks.append(Track(folder.name, dict(zip(names, map(Audio.index, files)))))
+            sources = {files[path]: AudioFile.open(path) for path in sorted(files)}
+            tracks.append(Track(folder.name, sources))
     if not tracks:
         raise UserError(f"{root}/{split}: no track folder has a file *{ext}; see --ext")
     return tracks
 
 
-def track_folders(root, split, names):
-    """The track folders of root/split and their files `names`, or patterns such as *vocals.wav: [(path, [Audio])]."""
+def check_sources(names, where):
+    """Raise UserError where a source's name can't be one, or two have the same."""
+    for name in names:
+        check_name(name, f"{where}: the source")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: two sources would be called {name}; use each file once")
+
+
+def track_folders(root, split, files):
+    """{track folder of root/split: paths of its `files`, names or patterns such as *vocals.wav}."""
     root = Path(root, split)
-    folders = {folder: [find_file(folder, name) for name in names] for folder in visible(root) if folder.is_dir()}
+    folders = {path: [find_file(path, f) for f in files] for path in visible(root) if path.is_dir()}
     if not any(all(paths) for paths in folders.values()):
-        wanted = f" with {' and '.join(names)}" if names else ""
-        raise UserError(f"{root}: no track folder{wanted} in it (expected {root}/<track>/...); {found_in(root)}")
+        wanted = f" with {' and '.join(files)}" if files else ""
+        expected = f"(expected {root}/<track>/...); {found_in(root)}"
+        raise UserError(f"{root}: no track folder{wanted} in it {expected}")
     for folder, paths in folders.items():
+        check_name(folder.name, f"{root}: the track", reserved=())
         if not all(paths):
-            raise UserError(f"{folder}: lacks {names[paths.index(None)]}; add it or remove the track")
-    return [(folder, [Audio.index(path) for path in paths]) for folder, paths in folders.items()]
+            lacking = files[paths.index(None)]
+            raise UserError(f"{folder}: lacks {lacking}; add it or remove the track")
+    return folders
 
 
-def visible(folder):
-    """What a folder holds, sorted, without hidden files (macOS leaves ._vocals.wav beside vocals.wav)."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+def visible(folder, ending=""):
+    """What a folder holds, sorted, but nothing hidden (macOS leaves ._vocals.wav about)."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path.name.endswith(ending) and path.name[0] != "."]
 
 
 def find_file(folder, name):
@@ -278,7 +367,106 @@ def found_in(folder):
     return f"{folder} holds {', '.join(names[:4]) + ' ...' * (len(names) > 4) or 'nothing'}"
 
 
-# ---------------------------------------------------------------------------------------------- MUSDB18
+@dataclass(frozen=True)
+class Layout:
+    """A kind of data set. Its flags are the further arguments of its functions, by name."""
+
+    index: Callable  # (root, split, ...) -> [Track]
+    target_flag: str | None = None  # which flag names the target's file; None: --target does
+    mix: str = "tracks"  # see RandomMixes
+    mix_flags: dict = field(default_factory=dict)  # {flag: how to mix where it is set}
+    find: Callable | None = None  # (root or None, ...) -> root; None: it must be given
+    songs: bool = True  # False: recordings, which validation mixes at random, too
+
+    @property
+    def all_flags(self):
+        """The names of all data flags that matter here, but root and target."""
+        functions = [function for function in (self.index, self.find) if function]
+        flags = itertools.chain(*(inspect.signature(f).parameters for f in functions))
+        augmented = [] if self.mix == "aligned" else ["source_augmentations"]
+        return {*flags, *self.mix_flags, *augmented} - {"root", "split"}
+
+
+LAYOUTS = {  # a new one is one more row
+    "musdb": Layout(
+        index_musdb, find=lambda root, is_wav=False, cache=None: find_musdb(root, is_wav, cache)
+    ),
+    "synthetic": Layout(index_musdb, find=lambda root: find_synthetic(root)),
+    "aligned": Layout(index_aligned, "output_file", "aligned"),
+    "sourcefolder": Layout(index_sourcefolder, "target_dir", songs=False),
+    "trackfolder_fix": Layout(
+        index_trackfolder_fix, "target_file", "own", {"random_track_mix": "tracks"}
+    ),
+    "trackfolder_var": Layout(
+        index_trackfolder_var, "target_file", "own", {"random_interferer_mix": "track"}
+    ),
+}
+
+
+def index_dataset(layout_name, root, splits, /, **flags):
+    """{split: [Track]} of the splits ("train", "valid", "test"); the layout picks its own flags."""
+
+    def call(function, **known):
+        known = {**flags, **known}
+        names = inspect.signature(function).parameters
+        return function(**{name: known[name] for name in names if name in known})
+
+    layout = LAYOUTS[layout_name]
+    if layout.find:
+        root = call(layout.find, root=root)
+    elif root is None:
+        raise UserError(f"--dataset {layout_name} needs --root, which holds train/ and valid/")
+    root = Path(root).expanduser()
+    return {split: call(layout.index, root=root, split=split) for split in splits}
+
+
+def files_of(tracks):
+    return {audio for track in tracks for audio in (*track.input, *track.sources.values())}
+
+
+def most_common_rate(tracks, sample_rate=None):
+    """`sample_rate`, or that of most files, in Hz; prints which files are slow to read."""
+    files = files_of(tracks)
+    rates = collections.Counter(audio.rate for audio in files)
+    sample_rate = sample_rate or rates.most_common(1)[0][0]
+    if others := [f"{rate} Hz" for rate in sorted(rates) if rate != sample_rate]:
+        slow = "are resampled as they are read: convert them for speed"
+        print(f"some files are not in {sample_rate} Hz ({', '.join(others)}) and {slow}")
+    if slow := sorted(audio.path for audio in files if not audio.dtype):
+        each = "each is decoded from its start for every example: convert them to WAV or FLAC"
+        print(utils.printable(f"{len(slow)} files are slow to read ({slow[0]}, ...); {each}"))
+    return sample_rate
+
+
+def load_datasets(tracks, layout_name, targets, sample_rate, nb_channels=2, **examples):
+    """The data sets of a training: (examples, validation, what input statistics are taken from).
+
+    Args:
+        tracks: what index_dataset gives for "train" and "valid".
+        nb_channels: of the model. One for mono sees the mean of all channels' magnitudes, and gets
+            as many channels as the files have.
+        examples: source_augmentations (names in AUGMENTATIONS), further arguments of RandomMixes.
+    """
+    layout = LAYOUTS[layout_name]
+    if nb_channels == 1:
+        files = files_of(itertools.chain(*tracks.values()))
+        nb_channels = max(audio.channels for audio in files)
+    settings = {"sample_rate": sample_rate, "nb_channels": nb_channels}
+    examples = {"mix": layout.mix, **settings, **examples}
+    augmentations = [AUGMENTATIONS[name] for name in examples.pop("source_augmentations", ())]
+    if examples["mix"] == "aligned":  # the input is a file, not a sum
+        augmentations = []
+    train = RandomMixes(tracks["train"], targets, augmentations=augmentations, **examples)
+    if layout.songs:
+        valid = WholeTracks(tracks["valid"], targets, **settings)
+        return train, valid, WholeTracks(tracks["train"], (), **settings)
+    fixed = [RandomMixes(tracks[split], targets, **examples) for split in ("valid", "train")]
+    for mixes in fixed:  # a hundred mixes or a few more, always the same
+        mixes.samples_per_track = math.ceil(100 / len(mixes.tracks))
+    return train, *fixed
+
+
+# ----------------------------------------------------------------------------------------- MUSDB18
 
 
 @functools.cache
@@ -288,27 +476,24 @@ def musdb_settings():
     return yaml.safe_load(path.read_text())
 
 
-def find_data(root=None, dataset="musdb", is_wav=False, cache=None):
-    """The folder of a dataset in musdb's WAV layout, made where that is needed.
+def find_musdb(root=None, is_wav=False, cache=None):
+    """The folder of MUSDB18 in musdb's WAV layout, made where that is needed.
 
-    Without `root`: the folder in MUSDB_PATH, or musdb's 7-second sample, downloaded where missing, or, where that
-    can't be had, synthesized songs. MUSDB18's stems are decoded to WAV once, into `cache` or <root>-wav.
+    Without `root`: the folder in MUSDB_PATH, or musdb's 7-second sample, downloaded where missing,
+    or, where that can't be had, synthesized songs. Stems are decoded into `cache` or <root>-wav.
     """
-    home, flag = Path.home() / "MUSDB18", "--root"
-    if dataset == "synthetic":
-        return make_synthetic(Path(root or home / SYNTHETIC).expanduser())
-    if root is None and os.environ.get("MUSDB_PATH"):
-        root, flag = os.environ["MUSDB_PATH"], "MUSDB_PATH"
+    flag = "MUSDB_PATH" if root is None else "--root"
+    root = os.environ.get("MUSDB_PATH") or None if root is None else root
     if root is None:
-        root = home / "MUSDB18-7"
+        root = Path.home() / "MUSDB18" / "MUSDB18-7"
         try:
-            home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / ".lock"):
+            with utils.only_writer(root, "MUSDB18's sample"):
                 if not (root / "train").is_dir():
                     download_sample(musdb_settings()["sample-url"], root)
         except (UserError, OSError) as error:
-            print(f"MUSDB18's 7-second sample can't be had ({error}). Synthesized songs are used instead.")
-            return make_synthetic(home / SYNTHETIC)
+            why = f"MUSDB18's 7-second sample can't be had ({error})."
+            print(utils.printable(f"{why} Synthesized songs are used instead."))
+            return find_synthetic()
     root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; {flag} names one that holds train/ and test/")
@@ -318,21 +503,17 @@ def find_data(root=None, dataset="musdb", is_wav=False, cache=None):
 
 
 def stem_files(root):
-    return [path for subset in ("train", "test") for path in visible(root / subset) if path.name.endswith(".stem.mp4")]
+    return [path for part in ("train", "test") for path in visible(root / part, ".stem.mp4")]
 
 
 def download_sample(url, folder):
-    """Fetch MUSDB18's sample (a zip of train/*.stem.mp4 and test/*.stem.mp4) into `folder`, whole or not at all."""
+    """Fetch MUSDB18's sample (a zip of train/*.stem.mp4, test/*.stem.mp4), whole or not at all."""
     by_hand = f"fetch it by hand and unpack it to {folder}"
     with new_folder(folder) as unpacked:
         archive = unpacked / f"{folder.name}.zip"
-        download(url, archive, by_hand=by_hand)
+        utils.download(url, archive, by_hand=by_hand)
         try:
-            with zipfile.ZipFile(archive) as content:
-                for name in content.namelist():
-                    if not Path(unpacked, name).resolve().is_relative_to(unpacked.resolve()):
-                        raise UserError(f"{url}: the archive holds {name!r}, a path that leads out of it; {by_hand}")
-                content.extractall(unpacked)
+            zipfile.ZipFile(archive).extractall(unpacked)  # its names can't lead out of there
         except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{url}: could not be unpacked ({error}); {by_hand}") from error
         archive.unlink()
@@ -340,147 +521,191 @@ def download_sample(url, folder):
             raise UserError(f"{url}: the archive holds no train/*.stem.mp4; {by_hand}")
 
 
-def decode_stems(root, destination):
-    """Decode MUSDB18's .stem.mp4 files to 16-bit WAV in musdb's WAV layout, sample for sample what musdb decodes."""
-    use_ffmpeg()
-    tracks = {destination / path.parent.name / path.name.removesuffix(".stem.mp4"): path for path in stem_files(root)}
-    make_tracks(tracks, decode_stem, decoded_bytes, destination, "name another folder with --cache")
-    return destination
+def decode_stems(root, cache):
+    """Decode MUSDB18's .stem.mp4 files to WAV, once, in musdb's WAV layout.
 
-
-def decoded_bytes(stem):
-    """The size of a stem file's five streams as 16-bit WAV."""
-    streams = ffprobe(stem, "stream=duration_ts,channels").get("streams", [])
-    if len(streams) != 5:
-        raise UserError(f"{stem}: is not a stem file with five audio streams; replace it")
-    return sum(2 * stream["channels"] * stream["duration_ts"] for stream in streams)
+    Each track holds a record of its stem file: one that was replaced is decoded anew, and where it
+    is gone (moved from train/ to test/, say) the track goes, too.
+    """
+    remedy = "name another folder with --cache"
+    stems = {}
+    for path in stem_files(root):
+        stems[cache / path.parent.name / path.name.removesuffix(".stem.mp4")] = path
+    for folder in (*visible(cache / "train"), *visible(cache / "test")):
+        source = made_from(folder).get("path", "")
+        stem = stems.get(folder)
+        if stem and is_made(folder, stem):
+            continue
+        if not Path(str(source)).is_relative_to(root.resolve()):
+            raise UserError(f"{folder}: was not decoded from {root}; remove it, or {remedy}")
+        if not stem:
+            print(utils.printable(f"{folder}: removed, as {source} is no longer there"))
+            shutil.rmtree(folder)
+    make_tracks(stems, decode_stem, lambda stem: 6 * stem.stat().st_size, cache, remedy)
+    return cache
 
 
 def decode_stem(stem, folder):
-    """Decode one stem file: streams mixture, drums, bass, other, vocals."""
+    """Decode a stem file to five 16-bit WAV files, within a unit of what musdb decodes."""
     with new_folder(folder) as unfinished:
-        command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", f"file:{stem}"]
-        for stream, name in enumerate(("mixture", "drums", "bass", "other", "vocals")):
-            command += ["-map", f"0:{stream}", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav"]
-            command += [f"file:{unfinished / name}.wav"]
-        done = subprocess.run(command, capture_output=True)
-        if done.returncode or done.stderr:
-            reason = done.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
-            raise UserError(f"{stem}: cannot be decoded ({reason[-1]}); replace it")
+        for number, name in enumerate(("mixture", "drums", "bass", "other", "vocals")):
+            try:
+                container = av.open(str(stem))
+                stream = container.streams.audio[number]
+                seconds = stream.duration * stream.time_base
+            except (av.FFmpegError, IndexError, TypeError) as error:
+                what = "is not a stem file with five audio streams"
+                raise UserError(f"{stem}: {what} ({error}); replace it") from error
+            path = unfinished / f"{name}.wav"
+            form = stream.rate, stream.channels, "PCM_16"
+            with container, soundfile.SoundFile(path, "w", *form) as file:
+                blocks = utils.decode(stem, container, stream)
+                while some := [*itertools.islice(blocks, 256)]:  # frames are short
+                    samples = np.rint(np.concatenate(some, axis=1).T * 32768)
+                    file.write(samples.clip(-32768, 32767).astype(np.int16))
+                if file.frames < seconds * stream.rate - 4096:  # an encoder's delay and padding
+                    raise UserError(f"{stem}: is cut short; replace it")
+        record = {"path": str(Path(stem).resolve()), "stamp": utils.stamp(stem)}
+        utils.save(record, unfinished / "source.json")
 
 
 def make_tracks(tracks, make, size, root, remedy):
-    """Make those track folders of a dataset that are missing, in parallel: `tracks` is {folder: its origin}.
+    """Make, in parallel, what lacks of {track folder: its origin, a stem file or a seed}.
 
-    `make(origin, folder)` makes one, `size(origin)` tells its bytes. Raises UserError with the remedy where `root` can't
-    be written or has too little space.
+    `make(origin, folder)` makes one, `size(origin)` is about its bytes. Raises UserError with the
+    remedy where `root` can't be written or has too little space.
     """
-    missing = {folder: item for folder, item in tracks.items() if not folder.is_dir()}
-    if not missing:
+
+    if all(is_made(folder, origin) for folder, origin in tracks.items()):
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            needed, free = sum(pool.map(size, missing.values())) / 1e9, shutil.disk_usage(root).free / 1e9
-            print(f"made once, in {root}: {needed:.2f} GB for {len(missing)} of {len(tracks)} tracks")
+        with utils.only_writer(root / "tracks", "a data set"):
+            todo = {path: item for path, item in tracks.items() if not is_made(path, item)}
+            needed = sum(map(size, todo.values())) / 1e9
+            free = shutil.disk_usage(root).free / 1e9
+            what = f"{needed:.2f} GB for {len(todo)} of {len(tracks)} tracks"
+            print(f"made once, in {utils.printable(str(root))}: {what}")
             if free < needed:
                 raise UserError(f"{root}: {needed:.2f} GB needed, {free:.2f} GB free; {remedy}")
-            with FileLock(root / ".lock"):  # one of several processes makes what is missing, the others wait
-                missing = {folder: item for folder, item in missing.items() if not folder.is_dir()}
-                for _ in tqdm(pool.map(make, missing.values(), missing), total=len(missing), desc=root.name, unit="track"):
-                    pass
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(make, todo.values(), todo)
+                list(tqdm(made, total=len(todo), desc=root.name, unit="track"))
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(f"{root}: cannot be written to ({error}); {remedy}") from error
 
 
+def is_made(folder, origin):
+    """Whether a track is there and, if decoded, from its stem file as that is now."""
+    if isinstance(origin, int):
+        return folder.is_dir()
+    return made_from(folder).get("stamp") == utils.stamp(origin)
+
+
+def made_from(folder):
+    """The record of a decoded track: {"path": its stem file, "stamp": of that}; {} without one."""
+    record = folder / "source.json"
+    found = utils.load(record) if record.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{record}: is no record of a decoded track; remove its folder")
+    return found
+
+
 @contextlib.contextmanager
 def new_folder(folder):
-    """Yield a folder to fill beside `folder`, renamed at the end: what was killed half-way is never taken for whole."""
+    """Yield a folder to fill, which gets its name once it is whole."""
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        if folder.is_dir():
+            shutil.rmtree(folder)
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------- synthesized songs
+# ------------------------------------------------------------------------------- songs from a seed
 
-SYNTHETIC = "synthetic-30s"
 SONGS = {"train": 28, "test": 6}
 
 
-def make_synthetic(root, seconds=30.0, songs=SONGS):
-    """Synthesized songs in musdb's WAV layout, made once and kept; the test part also holds one real song.
+def find_synthetic(root=None, seconds=30.0, songs=SONGS):
+    """Synthesized songs in musdb's WAV layout, made once; the test part also holds one real song.
 
-    That one is the excerpt of MUSDB18 that the package stempeg ships: a score on real music always stands beside those
-    on synthesized songs. Raises UserError for a folder with other songs in it.
+    That is the excerpt of MUSDB18 that stempeg ships: a score on real music stands beside the
+    others. Raises UserError for a folder with other songs in it.
     """
-    foreign = [path for path in visible(root / "train") if not path.name.startswith("Synthesized")]
-    if foreign:
-        raise UserError(f"{foreign[0]}: is no synthesized song; name another folder with --root")
-    use_ffmpeg()
-    folders = [root / subset / f"Synthesized - Song {n + 1:02d}" for subset in songs for n in range(songs[subset])]
-    seeds = {folder: seed for seed, folder in enumerate(folders)}
-    stems = (Path(importlib.util.find_spec("stempeg").origin).parent / "data").glob("*.stem.mp4")
-    excerpt = {root / "test" / stem.name.removesuffix(".stem.mp4"): stem for stem in stems}
+    root = Path(root or Path.home() / "MUSDB18" / "synthetic-30s").expanduser()
     remedy = "name another folder with --root"
-    make_tracks(seeds, functools.partial(make_song, seconds), lambda seed: 20 * 44100 * seconds, root, remedy)
-    make_tracks(excerpt, decode_stem, decoded_bytes, root, remedy)
+    for path in visible(root / "train"):
+        if not path.name.startswith("Synthesized"):
+            raise UserError(f"{path}: is no synthesized song; {remedy}")
+    names = [f"{part}/Synthesized - Song {n + 1:02d}" for part in songs for n in range(songs[part])]
+    seeds = {root / name: seed for seed, name in enumerate(names)}
+    make_tracks(seeds, functools.partial(make_song, seconds), lambda _: 9e5 * seconds, root, remedy)
+    shipped = Path(importlib.util.find_spec("stempeg").origin).parent / "data"
+    stems = visible(shipped, ".stem.mp4")
+    stems = {root / "test" / stem.name.removesuffix(".stem.mp4"): stem for stem in stems}
+    make_tracks(stems, decode_stem, lambda stem: 6 * stem.stat().st_size, root, remedy)
     return root
 
 
 def make_song(seconds, seed, folder):
-    """Synthesize one song into a track folder of 16-bit WAV files; the mixture is the sum of the others to the bit."""
+    """Synthesize a song as 16-bit WAV; the mixture is the sum of the sources to the bit."""
+    song = synthesize_song(seed, seconds)
+    song = {name: np.round(audio * 32767).astype(np.int16) for name, audio in song.items()}
     with new_folder(folder) as unfinished:
-        sources = {name: np.round(audio * 32767).astype(np.int16) for name, audio in synthesize_song(seed, seconds).items()}
-        for name, audio in {"mixture": sum(sources.values()), **sources}.items():
+        for name, audio in {"mixture": sum(song.values()), **song}.items():
             soundfile.write(unfinished / f"{name}.wav", audio, 44100, subtype="PCM_16")
 
 
-SCALES = np.array([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)])  # major and minor, in semitones above the key note
-PROGRESSIONS = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), (1, 4, 0, 5))  # a degree a bar
-# A bar in sixteenths, an x for an onset.
-KICKS = ("x...x...x...x...", "x.......x.......", "x.....x.x.......", "x..x..x...x.....", "x.x.......xx....")
-SNARES = ("....x.......x...", "........x.......", "....x..x.x..x...", "....x.......x..x")
-HATS = ("x.x.x.x.x.x.x.x.", "xxxxxxxxxxxxxxxx", "..x...x...x...x.", "x.xxx.xxx.xxx.xx")
-CALM = ("x...............", "x.......x.......", "x..x..x.........", "x.....x...x.....", "x...x...x...x...")
-BUSY = ("x.x.x.x.x.x.x.x.", "x..x..x.x..x..x.", "x..x..x..x..x.x.", "x.xx..x.x.xx..x.", "x.x...x.x.x...x.")
-# Formants in Hz of the vowels a e i o u; the first three after Peterson & Barney (1952), men.
-VOWELS = np.array([
+SCALES = np.array([(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)])  # major, minor: semitones
+VERSES = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), (1, 4, 0, 5))
+# Rhythms: the sixteenths of a bar in which notes begin, as hexadecimal digits.
+KICKS = ["048c", "08", "068", "036a", "02ab"]
+SNARES = ["4c", "8", "479c", "4cf"]
+HATS = ["02468ace", "0123456789abcdef", "26ae", "0234678abcef"]
+CALM = ["0", "08", "036", "06a", "048c"]
+BUSY = ["02468ace", "0368be", "0369ce", "02368abe", "0268ae"]
+VOWELS = (  # a e i o u: formants in Hz, the first three after Peterson & Barney (1952), men
     (730, 1090, 2440, 3400, 4500),
     (530, 1840, 2480, 3500, 4500),
     (270, 2290, 3010, 3600, 4600),
     (570, 840, 2410, 3300, 4400),
     (300, 870, 2240, 3200, 4300),
-])
+)
 
 
 class SongPlan:
     """What the players agree on: tempo, key, and a chord for each bar."""
 
     def __init__(self, rng, seconds, rate):
-        self.rate, self.N = rate, round(seconds * rate)
+        self.rate = rate
+        self.N = round(seconds * rate)
         self.sixteenth = int(rate * 15 / rng.uniform(72, 148))  # in samples
-        self.key, self.scale = rng.integers(12), rng.choice(SCALES)
-        verse_chorus = rng.permutation(PROGRESSIONS)[:2]  # of four bars each
+        self.key = rng.integers(12)
+        self.scale = rng.choice(SCALES)
+        verse_chorus = rng.permutation(VERSES)[:2]  # of four bars each
         self.chords = np.resize(verse_chorus, self.N // (16 * self.sixteenth) + 1)
 
-    def draw_notes(self, rng, patterns, voicings=((0,),), octave=0):
-        """One of patterns in every bar; at each onset the next of voicings, degrees above the root of the bar's chord.
+    def draw_notes(self, rng, rhythms, voicings=((0,),), octave=0):
+        """Notes in one of the rhythms: [(first sample, end sample, Hz (voices,)), ...].
 
-        Returns a list of (first sample, end sample, frequencies in Hz (voices,)).
+        Each is the next of voicings, which are degrees of the scale above the chord's root.
         """
-        steps = [step for step, mark in enumerate(rng.choice(patterns) + "x") if mark == "x"]  # the last one ends the bar
-        spans = []
-        for bar, chord in enumerate(self.chords):
-            for start, end in itertools.pairwise(16 * bar + step for step in steps):
-                spans.append((chord, start * self.sixteenth, min(end * self.sixteenth, self.N)))
-        degrees = [np.add(chord, voicings[turn % len(voicings)]) for turn, (chord, _, _) in enumerate(spans)]
-        semitones = self.key + self.scale[np.mod(degrees, 7)] + 12 * (octave + np.floor_divide(degrees, 7)) - 69  # from A4
-        return [(start, end, hertz) for (_, start, end), hertz in zip(spans, 440 * 2 ** (semitones / 12)) if start < end]
+        steps = np.array([int(digit, 16) for digit in rng.choice(rhythms)] + [16])
+        steps = steps + 16 * np.arange(len(self.chords))[:, None]  # (bars, notes + 1)
+        starts = steps[:, :-1].ravel() * self.sixteenth
+        ends = np.minimum(steps[:, 1:].ravel() * self.sixteenth, self.N)
+        chords = self.chords.repeat(steps.shape[1] - 1)[:, None]
+        degrees = chords + np.resize(voicings, (len(chords), len(voicings[0])))
+        semitones = (
+            self.scale[degrees % 7] + 12 * (octave + degrees // 7) + self.key - 69
+        )  # from A4
+        hertz = 440 * 2 ** (semitones / 12)
+        return [note for note in zip(starts, ends, hertz) if note[0] < note[1]]
 
 
 def synthesize_sawtooth(cycles, ratio):
@@ -489,19 +714,24 @@ def synthesize_sawtooth(cycles, ratio):
     return np.arctan2(ratio * np.sin(phase), 1 - ratio * np.cos(phase))
 
 
-def synthesize_part(rng, plan, patterns, voicings, octave, brightness, decay, width):
-    """Notes of one instrument -> (2, N), drawn from ranges of brightness in Hz and decay in seconds; width is 0 to 1."""
-    stereo, angles = np.zeros((2, plan.N), np.float32), np.pi / 4 * (1 + width * rng.uniform(-1, 1, 5))
-    brightness, decay = np.float32(rng.uniform(*brightness)), np.float32(rng.uniform(*decay))
-    attack, hollow = np.float32(rng.uniform(0.002, 0.02)), np.float32(rng.choice([0, 0.3, 0.5]))
-    for turn, (start, end, chord) in enumerate(plan.draw_notes(rng, patterns, voicings, octave)):
+def synthesize_part(rng, plan, rhythms, voicings, octave, brightness, decay, width):
+    """One instrument -> (2, N); brightness (Hz), decay (s) are ranges, width is from 0 to 1."""
+    stereo = np.zeros((2, plan.N), np.float32)
+    angles = np.pi / 4 * (1 + width * rng.uniform(-1, 1, 5))
+    brightness = np.float32(rng.uniform(*brightness))
+    decay = np.float32(rng.uniform(*decay))
+    attack = np.float32(rng.uniform(0.002, 0.02))
+    hollow = np.float32(rng.choice([0, 0.3, 0.5]))
+    for turn, (start, end, chord) in enumerate(plan.draw_notes(rng, rhythms, voicings, octave)):
         time = np.arange(end - start) / plan.rate
         body = np.exp(-time.astype(np.float32) / decay)
-        level = rng.uniform(0.6, 1) * body * (1 - np.exp(-time / attack)) * np.minimum(1, (time[-1] - time) / 0.03)
+        level = rng.uniform(0.6, 1) * body * (1 - np.exp(-time / attack))
+        level = level * np.minimum(1, (time[-1] - time) / 0.03)
         for voice, hertz in enumerate(chord):
-            ratio = np.exp(np.float32(-hertz) / np.minimum(np.float32(hertz) + brightness * body, plan.rate / 6))
+            cutoff = np.minimum(np.float32(hertz) + brightness * body, plan.rate / 6)
+            ratio = np.exp(np.float32(-hertz) / cutoff)
             tone = synthesize_sawtooth(hertz * time, ratio)
-            tone -= hollow * synthesize_sawtooth(2 * hertz * time, ratio**2)  # takes out even harmonics
+            tone -= hollow * synthesize_sawtooth(2 * hertz * time, ratio**2)  # even harmonics
             angle = angles[(turn + voice) % 5]
             stereo[:, start:end] += np.float32([[np.cos(angle)], [np.sin(angle)]]) * (level * tone)
     return stereo
@@ -509,270 +739,119 @@ def synthesize_part(rng, plan, patterns, voicings, octave, brightness, decay, wi
 
 def synthesize_drums(rng, plan):
     """Kick, snare and hi-hat -> (2, N)."""
-    time, stereo = np.arange(plan.rate // 2 * 2) / plan.rate, np.zeros((2, plan.N), np.float32)
+    time = np.arange(plan.rate // 2 * 2) / plan.rate
+    draw = rng.uniform
 
-    def draw_hit(hertz, decay, hiss, tilt, hiss_decay):  # a sine that falls to hertz, overdriven, and noise
-        skin = np.tanh(2 * np.sin(2 * np.pi * (hertz * time - 4 * np.exp(-time / 0.03))) * np.exp(-time / decay))
-        noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(len(time))) * np.linspace(0, 1, len(time) // 2 + 1) ** tilt)
+    def draw_hit(hertz, decay, hiss, tilt, hiss_decay):
+        """A sine that falls to hertz, overdriven, and noise."""
+        skin = np.sin(2 * np.pi * (hertz * time - 4 * np.exp(-time / 0.03)))
+        skin = np.tanh(2 * skin * np.exp(-time / decay))
+        noise = np.fft.rfft(rng.standard_normal(len(time)))
+        noise = np.fft.irfft(noise * np.linspace(0, 1, len(noise)) ** tilt)
         return (1 - hiss) * skin + hiss * noise / noise.std() * np.exp(-time / hiss_decay)
 
-    kick = draw_hit(rng.uniform(42, 60), rng.uniform(0.1, 0.2), 0.1, 0.5, 0.004)
-    snare = draw_hit(rng.uniform(150, 230), 0.06, rng.uniform(0.3, 0.7), rng.uniform(0.1, 1), rng.uniform(0.04, 0.12))
-    hat = rng.uniform(0.1, 0.4) * draw_hit(1, 1, 1, rng.uniform(1, 3), rng.uniform(0.02, 0.1))
-    for patterns, hit, pan in (KICKS, kick, 0.5), (SNARES, snare, 0.5), (HATS, hat, rng.uniform(0.3, 0.7)):
-        for start, end, _ in plan.draw_notes(rng, patterns):
-            stereo[:, start:end][:, : len(hit)] += rng.uniform(0.6, 1) * np.outer([1 - pan, pan], hit[: end - start])
+    kick = draw_hit(draw(42, 60), draw(0.1, 0.2), 0.1, 0.5, 0.004)
+    snare = draw_hit(draw(150, 230), 0.06, draw(0.3, 0.7), draw(0.1, 1), draw(0.04, 0.12))
+    hat = draw(0.1, 0.4) * draw_hit(1, 1, 1, draw(1, 3), draw(0.02, 0.1))
+    stereo = np.zeros((2, plan.N), np.float32)
+    for rhythms, hit, pan in (KICKS, kick, 0.5), (SNARES, snare, 0.5), (HATS, hat, draw(0.3, 0.7)):
+        for start, end, _ in plan.draw_notes(rng, rhythms):
+            sound = draw(0.6, 1) * np.outer([1 - pan, pan], hit[: end - start])
+            stereo[:, start : start + sound.shape[1]] += sound
     return stereo
 
 
 def filter_blocks(x, window, gain):
-    """Filter x (N,) in half overlapping windows with gain (..., 1 or blocks, bins) by overlap-add -> (..., N)."""
+    """Filter x (N,) in half overlapping windows with gain (..., 1 or blocks, bins) -> (..., N)."""
     half = len(window) // 2
     padded = np.pad(x, (half, half + -len(x) % half))
     blocks = sliding_window_view(padded, 2 * half)[::half] * window
     blocks = np.fft.irfft(np.fft.rfft(blocks) * gain)
-    return (blocks[..., :-1, half:] + blocks[..., 1:, :half]).reshape(*blocks.shape[:-2], -1)[..., : len(x)]
+    blocks = blocks[..., :-1, half:] + blocks[..., 1:, :half]
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., : len(x)]
 
 
 def synthesize_vocals(rng, plan):
-    """A voice: buzz and breath through five moving formants, each note begun by a consonant of noise -> (2, N)."""
+    """A voice: buzz and breath through five moving formants, consonants before vowels -> (2, N)."""
     hop = 512  # samples between two shapes of the vocal tract
     octaves = [4, 5] if plan.key < 4 else [3, 4]
-    notes = plan.draw_notes(rng, CALM[2:] + BUSY, rng.integers(-1, 6, (13, 1)), rng.choice(octaves))
+    degrees = rng.integers(-1, 6, (13, 1))
+    notes = plan.draw_notes(rng, CALM[2:] + BUSY, degrees, rng.choice(octaves))
     curves = np.zeros((9, -(-plan.N // hop) + 1))
-    pitch, vibrato, level, breath, formants = *curves[:4], curves[4:]  # views: octaves, octaves, amplitudes, Hz
-    pitch[:], formants[:] = np.log2(notes[0][2]), VOWELS[0][:, None]
-    breathiness, depth, scoop = rng.uniform(0.02, 0.2), rng.uniform(0.01, 0.04), rng.uniform(0, 0.2)
+    pitch, vibrato, level, breath = curves[:4]  # views: octaves, octaves, amplitudes
+    formants = curves[4:]  # a view: Hz
+    pitch[:] = np.log2(notes[0][2])
+    formants.T[:] = VOWELS[0]
+    breathiness = rng.uniform(0.02, 0.2)
+    depth = rng.uniform(0.01, 0.04)
+    scoop = rng.uniform(0, 0.2)
     for start, end, hertz in notes:
-        start, voiced, end = start // hop, start // hop + rng.integers(2, 8), end // hop - rng.integers(3, 8)
+        start = start // hop
+        voiced = start + rng.integers(2, 8)
+        end = end // hop - rng.integers(3, 8)
         pitch[start:] = np.log2(hertz)
         pitch[start : voiced + 3] -= scoop * rng.random()
         vibrato[voiced + 10 : end] = depth
         level[voiced:end] = rng.uniform(0.6, 1)
-        breath[start:voiced], breath[voiced:end] = rng.uniform(0, 1.2), breathiness
-        formants[:, start:voiced], formants[:, voiced:] = rng.uniform(1000, 9000, (5, 1)), rng.choice(VOWELS)[:, None]
+        breath[start:voiced] = rng.uniform(0, 1.2)
+        breath[voiced:end] = breathiness
+        formants.T[start:voiced] = rng.uniform(1000, 9000, 5)
+        formants.T[voiced:] = rng.choice(VOWELS)
     reach = rng.integers(3, 6)  # hops in which the voice glides from one shape to the next
-    padded = np.pad(curves, ((0, 0), (reach, reach)), "edge")
     window = np.hanning(2 * reach + 3)[1:-1] / (reach + 1)
-    curves = sliding_window_view(padded, len(window), axis=1) @ window
-    curves[0] += curves[1] * np.sin(2 * np.pi * rng.uniform(5, 6) * hop / plan.rate * np.arange(curves.shape[1]))
-    curves[0], samples = 2 ** curves[0], np.arange(plan.N) / hop
-    hertz, level, breath = (np.interp(samples, np.arange(len(c)), c).astype(np.float32) for c in curves[[0, 2, 3]])
-    buzz = synthesize_sawtooth(np.cumsum(hertz, dtype=np.float64) / plan.rate, np.exp(-hertz / rng.uniform(3000, 8000)))
-    gain, frequencies = np.float32(0.03), np.fft.rfftfreq(2 * hop, 1 / plan.rate).astype(np.float32)
-    for formant, height in zip(np.float32(curves[4:, :, None] * rng.uniform(0.95, 1.15)), (1, 0.7, 0.45, 0.4, 0.25)):
-        gain = gain + height / (1 + ((frequencies - formant) / (50 + 0.05 * formant)) ** 2)  # (frames, bins)
-    window = np.clip(1.5 - np.abs(np.arange(0.5 - hop, hop, dtype=np.float32)) * 2 / hop, 0, 1)  # its hops add up to 1
-    voice = filter_blocks(level * buzz + breath * rng.standard_normal(plan.N, np.float32), window, gain)
+    curves = np.pad(curves, ((0, 0), (reach, reach)), "edge")
+    curves = sliding_window_view(curves, len(window), axis=1) @ window
+    hops = np.arange(curves.shape[1])
+    curves[0] += curves[1] * np.sin(2 * np.pi * rng.uniform(5, 6) * hop / plan.rate * hops)
+    curves[0] = 2 ** curves[0]
+    samples = np.arange(plan.N) / hop
+    hertz, level, breath = (np.interp(samples, hops, c).astype("f4") for c in curves[[0, 2, 3]])
+    cycles = np.cumsum(hertz, dtype=np.float64) / plan.rate
+    buzz = synthesize_sawtooth(cycles, np.exp(-hertz / rng.uniform(3000, 8000)))
+    frequencies = np.fft.rfftfreq(2 * hop, 1 / plan.rate).astype(np.float32)
+    gain = np.float32(0.03)  # (hops, bins)
+    formants = np.float32(curves[4:, :, None] * rng.uniform(0.95, 1.15))
+    for formant, height in zip(formants, (1, 0.7, 0.45, 0.4, 0.25)):
+        gain = gain + height / (1 + ((frequencies - formant) / (50 + 0.05 * formant)) ** 2)
+    window = 1.5 - np.abs(np.arange(0.5 - hop, hop, dtype=np.float32)) * 2 / hop
+    voice = level * buzz + breath * rng.standard_normal(plan.N, np.float32)
+    voice = filter_blocks(voice, np.clip(window, 0, 1), gain)  # the windows add up to 1
     return rng.uniform(0.8, 1, (2, 1)).astype(np.float32) * voice
 
 
-def synthesize_song(seed: int, seconds: float = 30.0, rate: int = 44100) -> dict[str, np.ndarray]:
-    """One song, the same for the same arguments: drums, bass, chords and plucks, and a voice without words.
+def synthesize_song(seed, seconds=30.0, rate=44100):
+    """One song, the same for the same arguments: {source: (N, 2) float32}.
 
     Args:
         seed: a non-negative integer.
         seconds: length, at least 1.
         rate: sample rate in Hz, at least 8000.
-    Returns:
-        "drums", "bass", "other" and "vocals", each (N, 2) float32 with N = round(seconds * rate), resting in up to three
-        tenths of the two-bar sections. Their sum, the mixture, peaks below 0.9.
+
+    Each source rests in up to three tenths of the two-bar sections; their sum peaks below 0.9.
     """
     rng = np.random.default_rng(seed)
     plan = SongPlan(rng, seconds, rate)
-    low, leaps, broken = 3 if plan.key < 4 else 2, rng.choice([0, 0, 4, 7], (4, 1)), 2 * rng.permutation(5)[:, None]
+    low = 3 if plan.key < 4 else 2
+    leaps = rng.choice([0, 0, 4, 7], (4, 1))
+    broken = 2 * rng.permutation(5)[:, None]
     bass = synthesize_part(rng, plan, CALM + BUSY, leaps, low, (200, 1500), (0.3, 2), 0)
     chords = synthesize_part(rng, plan, CALM, [[0, 2, 4]], low + 2, (500, 3500), (0.3, 3), 0.7)
     plucks = synthesize_part(rng, plan, BUSY, broken, low + 3, (1500, 7000), (0.1, 0.6), 0.7)
-    players = synthesize_drums(rng, plan), bass, chords + rng.uniform(0.5, 2) * plucks, synthesize_vocals(rng, plan)
-    stems, section, half = {}, 32 * plan.sixteenth, 2 ** int(np.log2(rate))  # two bars and the echoes, in samples
-    for source, stem, wetness in zip(("drums", "bass", "other", "vocals"), players, (0.3, 0.1, 0.5, 0.4)):
+    drums = synthesize_drums(rng, plan)
+    other = chords + rng.uniform(0.5, 2) * plucks
+    stems = {"drums": drums, "bass": bass, "other": other, "vocals": synthesize_vocals(rng, plan)}
+    section = 32 * plan.sixteenth  # two bars, in samples
+    half = 2 ** int(np.log2(rate))  # the longest echo, in samples
+    for (source, stem), wetness in zip(stems.items(), (0.3, 0.1, 0.5, 0.4)):
         sections = rng.permutation(plan.N // section + 1)
-        stem = stem * (sections >= rng.integers(int(0.3 * len(sections)) + 1)).repeat(section)[: plan.N]
-        room = rng.standard_normal((2, half), np.float32) * np.exp(-np.arange(half) / rng.uniform(0.04, 0.15) / rate)
-        room = np.fft.rfft(room.astype(np.float32), 2 * half)[:, None] / np.linspace(1, 8, half + 1, dtype=np.float32)
+        plays = sections >= rng.integers(int(0.3 * len(sections)) + 1)
+        stem = stem * plays.repeat(section)[: plan.N]
+        room = rng.standard_normal((2, half), np.float32)
+        room = room * np.exp(-np.arange(half) / rng.uniform(0.04, 0.15) / rate)
+        room = np.fft.rfft(room.astype(np.float32), 2 * half)[:, None]
+        room = room / np.linspace(1, 8, half + 1, dtype=np.float32)
         echoes = filter_blocks(stem.mean(axis=0), np.repeat(np.float32([1, 0]), half), room)
         stem = stem / stem.std() + wetness * rng.uniform(0.2, 1) / echoes.std() * echoes
         stems[source] = 10 ** (rng.uniform(-1.5, 1.5) / 20) * stem / stem.std()
     scale = rng.uniform(0.4, 0.89) / np.abs(sum(stems.values())).max()
-    return {source: np.ascontiguousarray(scale * stem.T, np.float32) for source, stem in stems.items()}
-
-
-# ---------------------------------------------------------------------------------------------- augmentations
-
-
-def augment_gain(audio, rng):
-    """Scale by a random factor between 0.25 and 1.25: (C, N) -> (C, N)."""
-    return audio * np.float32(rng.uniform(0.25, 1.25))
-
-
-def augment_channelswap(audio, rng):
-    """Swap left and right with probability one half: (C, N) -> (C, N)."""
-    return audio[::-1] if rng.random() < 0.5 else audio
-
-
-AUGMENTATIONS = {"gain": augment_gain, "channelswap": augment_channelswap}
-
-
-# ---------------------------------------------------------------------------------------------- datasets
-
-
-class RandomMixes(torch.utils.data.Dataset):
-    """Training examples: random excerpts of a track's target and of interferers, each augmented, and their sum.
-
-    Example `index` is a pure function of (seed, index): no global random state, the same in any process. Indices go on
-    beyond `len`: epoch e has the examples e * len to (e + 1) * len - 1.
-
-    Args:
-        tracks: list of Track. target: the source to learn (see target_sources).
-        sample_rate: of the examples, in Hz. nb_channels: C of the examples. seq_dur: their length in seconds.
-        samples_per_track: examples per track and epoch. seed: of everything that is drawn.
-        augmentations: functions (audio (C, N) float32, numpy Generator) -> audio, applied to each source in turn.
-        mix: where the interferers come from: "tracks" (each from a track of its own), "track" (all from one other
-            track), "own" (the target's track, at the same time), "aligned" (as "own", but the input is the track's
-            mixture file, not a sum).
-
-    Item: (mixture, target), (C, N) float32 tensors each; the target "all" has C channels for each source.
-    """
-
-    def __init__(
-        self,
-        tracks,
-        target,
-        sample_rate,
-        nb_channels=2,
-        seq_dur=6.0,
-        samples_per_track=64,
-        seed=42,
-        augmentations=(),
-        mix="tracks",
-    ):
-        self.sample_rate, self.nb_channels, self.length = sample_rate, nb_channels, round(seq_dur * sample_rate)
-        self.samples_per_track, self.seed, self.augmentations, self.mix = samples_per_track, seed, augmentations, mix
-        self.parts = target_sources(target, tracks)
-        self.wanted = [name for part in self.parts for name in part]
-        names = sorted({name for track in tracks for name in track.sources})
-        self.pools = {name: [track for track in tracks if name in track.sources] for name in names}
-        self.tracks = self.pools[self.wanted[0]] if mix == "tracks" else tracks
-
-    def __len__(self):
-        return len(self.tracks) * self.samples_per_track
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng((self.seed, index))
-        mixture, *targets = waveforms = np.zeros((1 + len(self.parts), self.nb_channels, self.length), np.float32)
-        for name, audio, start in self.draw(self.tracks[index % len(self) // self.samples_per_track], rng):
-            excerpt = read_as(audio, start, self.length, self.sample_rate, self.nb_channels)
-            for augment in self.augmentations:
-                excerpt = augment(excerpt, rng)
-            if self.mix != "aligned" or name == "mixture":
-                mixture += excerpt
-            for part, target in zip(self.parts, targets):
-                if name in part:
-                    target += excerpt
-        return mixture_and_target(waveforms)
-
-    def draw(self, track, rng):
-        """Choose the excerpts of an example: yields (source name, Audio, first sample)."""
-        if self.mix == "tracks":
-            for name, pool in self.pools.items():
-                chosen = track if name == self.wanted[0] else pool[rng.integers(len(pool))]
-                yield name, chosen.sources[name], self.position([chosen.sources[name]], rng)
-            return
-        start = self.position(track.input, rng)
-        other, other_start = track, start
-        if self.mix == "track":
-            other = self.tracks[rng.integers(len(self.tracks))]
-            other_start = self.position(other.input, rng)
-        if self.mix == "aligned":
-            yield "mixture", track.mixture, start
-        for name, audio in track.sources.items():
-            if name in self.wanted:
-                yield name, audio, start
-        for name, audio in other.sources.items():
-            if name not in self.wanted:
-                yield name, audio, other_start
-
-    def position(self, audios, rng):
-        return int(rng.integers(max(1, length_at(self.sample_rate, audios) - self.length + 1)))
-
-
-class WholeTracks(torch.utils.data.Dataset):
-    """Whole songs, for validation and statistics: (mixture, target), (C, N) float32 tensors.
-
-    The mixture is its own file where there is one, else the sum of the sources; see RandomMixes for the arguments.
-    """
-
-    def __init__(self, tracks, target, sample_rate, nb_channels=2):
-        self.tracks, self.sample_rate, self.nb_channels = tracks, sample_rate, nb_channels
-        self.parts = target_sources(target, tracks)
-
-    def __len__(self):
-        return len(self.tracks)
-
-    def __getitem__(self, index):
-        track = self.tracks[index]
-        length = length_at(self.sample_rate, track.input)
-        targets = [[track.sources[name] for name in part if name in track.sources] for part in self.parts]
-        waveforms = np.zeros((1 + len(targets), self.nb_channels, length), np.float32)
-        for waveform, audios in zip(waveforms, [track.input, *targets]):
-            for audio in audios:
-                waveform += read_as(audio, 0, length, self.sample_rate, self.nb_channels)
-        return mixture_and_target(waveforms)
-
-
-def mixture_and_target(waveforms):
-    """(1 + parts, C, N), the mixture and the parts of the target -> tensors (C, N) and (parts * C, N)."""
-    return torch.from_numpy(waveforms[0]), torch.from_numpy(waveforms[1:].reshape(-1, waveforms.shape[-1]))
-
-
-LAYOUTS = {  # name: indexer, the flags that it takes
-    "aligned": (index_aligned, ("input_file", "output_file")),
-    "sourcefolder": (index_sourcefolder, ("target_dir", "interferer_dirs", "ext")),
-    "trackfolder_fix": (index_trackfolder_fix, ("target_file", "interferer_files")),
-    "trackfolder_var": (index_trackfolder_var, ("target_file", "ext", "silence_missing")),
-}
-
-
-def index_dataset(args):
-    """Index what train.py's flags name: (training tracks, validation tracks, sample rate in Hz, RandomMixes' `mix`)."""
-    if args.dataset in LAYOUTS:
-        if args.root is None:
-            raise UserError(f"--dataset {args.dataset} needs --root, the folder that holds train/ and valid/")
-        indexer, flags = LAYOUTS[args.dataset]
-        index = functools.partial(indexer, Path(args.root).expanduser(), **{flag: getattr(args, flag) for flag in flags})
-    else:
-        index = functools.partial(index_musdb, find_data(args.root, args.dataset, args.is_wav, args.cache))
-    mix = {
-        "aligned": "aligned",
-        "trackfolder_fix": "tracks" if args.random_track_mix else "own",
-        "trackfolder_var": "track" if args.random_interferer_mix else "own",
-    }.get(args.dataset, "tracks")
-    train_tracks, valid_tracks = index("train"), index("valid")
-    files = {audio for track in train_tracks + valid_tracks for audio in (*track.input, *track.sources.values())}
-    rates = collections.Counter(audio.rate for audio in files)
-    sample_rate = args.sample_rate or rates.most_common(1)[0][0]
-    if set(rates) != {sample_rate}:
-        others = ", ".join(f"{rate} Hz" for rate in sorted(rates) if rate != sample_rate)
-        slow = "are resampled as they are read: convert them for speed"
-        print(f"some files are not in {sample_rate} Hz ({others}) and {slow}")
-    return train_tracks, valid_tracks, sample_rate, mix
-
-
-def load_datasets(args, target, tracks):
-    """The datasets of one target: (training examples, validation, what the input statistics are taken from).
-
-    `tracks` is what index_dataset returned. Where sources are no songs (sourcefolder), validation and statistics use
-    some hundred fixed mixes without augmentation.
-    """
-    train_tracks, valid_tracks, sample_rate, mix = tracks
-    settings = dict(target=target, sample_rate=sample_rate, nb_channels=args.nb_channels)
-    drawn = dict(seq_dur=args.seq_dur, seed=args.seed, mix=mix, samples_per_track=args.samples_per_track)
-    augmentations = [] if mix == "aligned" else [AUGMENTATIONS[name] for name in args.source_augmentations]
-    train = RandomMixes(train_tracks, **settings, **drawn, augmentations=augmentations)
-    if args.dataset != "sourcefolder":
-        return train, WholeTracks(valid_tracks, **settings), WholeTracks(train_tracks, **settings)
-    fixed = [RandomMixes(part, **settings, **drawn) for part in (valid_tracks, train_tracks)]
-    for mixes in fixed:
-        mixes.samples_per_track = math.ceil(100 / len(mixes.tracks))
-    return train, *fixed
+    return {name: np.ascontiguousarray(scale * stem.T, np.float32) for name, stem in stems.items()}

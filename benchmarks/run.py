@@ -1,6 +1,9 @@
-"""Run all benchmarks against the published implementation and print one table: python benchmarks/run.py [--quick]
+"""Run all benchmarks against the published implementation and print one table.
 
-It takes ten minutes on two cores, and --quick, which only shows that everything runs, a minute or two.
+    python benchmarks/run.py [--quick]
+
+It takes ten minutes on two cores, and --quick, which only shows that everything runs, a minute or
+two. What each fast form of ours buys is measured by tricks.py.
 """
 
 import importlib
@@ -20,7 +23,8 @@ def measure(quick=False):
     rows = []
     for name in BENCHMARKS:
         print(f"{name} ...", flush=True)
-        # each in a process of its own, as if run by itself: what one leaves in memory would change the next one's speed
+        # each in a process of its own, as if run by itself: what one leaves in memory would change
+        # the next one's speed
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows += pool.submit(measure_one, name, quick).result()
     return rows

@@ -1,22 +1,23 @@
-"""How far our numbers are from those of independent implementations, on the real excerpt: python benchmarks/same_numbers.py
+"""How far our numbers are from those of independent implementations, on the real excerpt.
+
+    python benchmarks/same_numbers.py
 
 The tests hold each of these to a tolerance; this prints what is measured.
 """
 
-import sys
+import shutil
 import tempfile
 from pathlib import Path
 
-from common import FOLDER, hardware_and_versions, import_openunmix
+from common import hardware_and_versions, import_openunmix
 
-sys.path.insert(0, str(FOLDER / "tests"))
+import numpy as np
+import torch
+from tests.conftest import EXCERPT, random_network, read_tracks, sdr
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from conftest import EXCERPT, random_network, read_tracks, sdr  # noqa: E402
-
-from data import decode_stem  # noqa: E402
-from model import Separator, stft, wiener  # noqa: E402
+from data import decode_stem
+from model import Separator, stft, stream, wiener
+from utils import import_museval
 
 TARGETS = ("vocals", "drums", "bass", "other")
 
@@ -29,6 +30,16 @@ def published(network, hidden_size):
     return theirs.eval()
 
 
+def relative(ours, theirs):
+    """The largest difference, relative to the largest value."""
+    return f"{((ours - theirs).abs().max() / theirs.abs().max()).item():.1e}"
+
+
+def worst(theirs, ours):
+    """The least agreement of four stems (J, C, N), in dB."""
+    return f"{min(map(sdr, theirs, ours)):.0f} dB"
+
+
 def network_rows():
     ours = random_network(0, hidden_size=512, mask="relu")
     theirs = published(ours, 512)
@@ -38,24 +49,29 @@ def network_rows():
         outputs.append(network(x))
         outputs[-1].square().mean().backward()
         gradients.append(network.fc1.weight.grad)
-    for what, (a, b) in (("network, output", outputs), ("network, gradient of fc1", gradients)):
-        yield what, "openunmix", "relative 1e-5" if "output" in what else "relative 1e-4", f"{((a - b).abs().max() / b.abs().max()).item():.1e}"
+    yield "network, output", "openunmix", "relative 1e-5", relative(*outputs)
+    yield "network, gradient of fc1", "openunmix", "relative 1e-4", relative(*gradients)
 
 
+@torch.no_grad()
 def separator_rows(excerpt):
-    networks = {target: random_network(j, hidden_size=64, mask="relu") for j, target in enumerate(TARGETS)}
-    theirs = {target: published(network, 64) for target, network in networks.items()}
     import openunmix.model
 
+    networks = {
+        name: random_network(j, hidden_size=64, mask="relu") for j, name in enumerate(TARGETS)
+    }
+    theirs = {name: published(network, 64) for name, network in networks.items()}
     audio = excerpt["mixture"][None]
+    rows = []
     for niter in (0, 1, 2):
-        with torch.no_grad():
-            a, b = Separator(networks, niter=niter)(audio), openunmix.model.Separator(theirs, niter=niter)(audio)
-        yield f"four stems, niter {niter}", "openunmix", "60 dB", f"{min(sdr(b[:, j], a[:, j]) for j in range(4)):.0f} dB"
-    with torch.no_grad():
-        separator = Separator(networks)
-        a = torch.cat(list(separator.stream(audio[0].split(50000, 1), 100)), -1)
-        yield "four stems, streamed", "the same in one piece", "90 dB", f"{min(sdr(separator(audio)[0, j], a[j]) for j in range(4)):.0f} dB"
+        ours = Separator(networks, niter=niter)(audio)[0]
+        expected = openunmix.model.Separator(theirs, niter=niter)(audio)[0]
+        rows.append((f"four stems, niter {niter}", "openunmix", "60 dB", worst(expected, ours)))
+    separator = Separator(networks)
+    parts = torch.cat(list(stream(separator, audio[0].split(50000, 1), 100)), -1)
+    agreement = worst(separator(audio)[0], parts)
+    rows.append(("four stems, streamed", "the same in one piece", "90 dB", agreement))
+    return rows
 
 
 def wiener_rows(excerpt):
@@ -65,39 +81,47 @@ def wiener_rows(excerpt):
     V = torch.stack([stft(excerpt[name].double()).abs() for name in TARGETS]) + 0.1 * X.abs()
     v, x = V.permute(3, 2, 1, 0).numpy(), X.permute(2, 1, 0).numpy()
     for niter in (1, 2):
-        theirs = torch.from_numpy(norbert.wiener(v, x.copy(), niter, use_softmask=False, eps=1e-10)).permute(3, 2, 1, 0)
+        theirs = norbert.wiener(v, x.copy(), niter, use_softmask=False, eps=1e-10)
+        theirs = torch.from_numpy(theirs).permute(3, 2, 1, 0)
         ours = wiener(V[None], X[None], niter)[0]
-        yield f"Wiener filter in float64, niter {niter}", "norbert", "relative 1e-10", f"{((ours - theirs).abs().max() / theirs.abs().max()).item():.1e}"
+        name = f"Wiener filter in float64, niter {niter}"
+        yield name, "norbert", "relative 1e-10", relative(ours, theirs)
     single = wiener(V[None].float(), X[None].to(torch.complex64))[0]
-    double = wiener(V[None], X[None])[0]
-    yield "Wiener filter in float32", "the same in float64", "60 dB", f"{sdr(double, single):.0f} dB"
+    agreement = f"{sdr(wiener(V[None], X[None])[0], single):.0f} dB"
+    yield "Wiener filter in float32", "the same in float64", "60 dB", agreement
 
 
 def decoding_rows(excerpt):
+    what = "stems decoded to WAV", "musdb", "one unit of 16 bits"
+    if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
+        yield *what, "not measured: musdb needs ffmpeg and ffprobe on PATH"
+        return
     import musdb
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "test").mkdir()
         (Path(folder) / "test" / EXCERPT.name).symlink_to(EXCERPT)
-        track = musdb.DB(folder, subsets="test").tracks[0]
-        equal = all(np.array_equal(track.targets[name].audio.T.astype(np.float32), excerpt[name].numpy()) for name in TARGETS)
-    yield "stems decoded to WAV", "musdb", "every bit", "every bit" if equal else "different"
+        [track] = musdb.DB(folder, subsets="test").tracks
+        stems = {name: track.targets[name].audio.T for name in TARGETS}
+    differences = [np.abs(stems[name] - excerpt[name].numpy()).max() for name in TARGETS]
+    yield *what, f"{max(differences) * 32768:.2f} units"
 
 
 def evaluation_rows(excerpt):
-    import museval
-
     from eval import bss_eval
 
-    rng = np.random.default_rng(0)
+    museval, rng = import_museval(), np.random.default_rng(0)
     references = np.stack([excerpt[name].numpy() for name in TARGETS])
-    estimates = references + 0.1 * references[[1, 2, 3, 0]] + 0.003 * rng.standard_normal(references.shape)
-    for what, dither in (("BSS Eval v4, excerpt", 0.0), ("BSS Eval v4, excerpt with noise at -80 dB", 1e-4)):
-        truth = references + dither * rng.standard_normal(references.shape)
+    estimates = references + 0.1 * references[[1, 2, 3, 0]]
+    estimates = estimates + 0.003 * rng.standard_normal(references.shape)
+    for noise, amount in (("", 0.0), (" with noise at -80 dB", 1e-4)):
+        truth = references + amount * rng.standard_normal(references.shape)
         theirs = museval.evaluate(truth.transpose(0, 2, 1), estimates.transpose(0, 2, 1))
         ours = bss_eval(truth, estimates)
-        gaps = [np.nanmax(np.abs(ours[m] - t)) for m, t in zip(("SDR", "ISR", "SIR", "SAR"), theirs)]
-        yield what, "museval", "1e-3 dB" if dither else "museval's own rounding", f"{max(gaps):.1e} dB"
+        metrics = zip(("SDR", "ISR", "SIR", "SAR"), theirs)
+        gap = max(np.nanmax(np.abs(ours[metric] - scores)) for metric, scores in metrics)
+        tolerance = "1e-3 dB" if amount else "museval's own rounding"
+        yield f"BSS Eval v4, excerpt{noise}", "museval", tolerance, f"{gap:.1e} dB"
 
 
 def main():
@@ -107,10 +131,12 @@ def main():
         decode_stem(EXCERPT, Path(folder, "song"))
         excerpt = read_tracks(Path(folder, "song"))
     print("| what | compared with | tolerance | measured |\n|---|---|---|---|")
-    for rows in (network_rows(), separator_rows(excerpt), wiener_rows(excerpt), decoding_rows(excerpt), evaluation_rows(excerpt)):
+    for rows in (network_rows(), *(part(excerpt) for part in PARTS)):
         for row in rows:
             print("| " + " | ".join(row) + " |", flush=True)
 
+
+PARTS = (separator_rows, wiener_rows, decoding_rows, evaluation_rows)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What the tests share: real audio, tiny datasets and models, and running the scripts as a user would."""
+"""What the tests share: real audio, tiny datasets and models, running the scripts as a user would."""
 
 import importlib.util
 import os
@@ -13,19 +13,22 @@ import pytest
 import soundfile
 import torch
 
-from data import decode_stem
-from model import OpenUnmix
-from utils import UserError, import_torchaudio, save, use_ffmpeg
+import utils
+
+utils.import_torchaudio()  # so that openunmix, which imports it, can
+
+from data import decode_stem  # noqa: E402
+from model import make_network  # noqa: E402
 
 FOLDER = Path(__file__).parents[1]
-EXCERPT = Path(importlib.util.find_spec("stempeg").origin).parent / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
-use_ffmpeg()
-import_torchaudio()  # so that openunmix, which imports it, can
+STEMPEG = Path(importlib.util.find_spec("stempeg").origin).parent
+EXCERPT = STEMPEG / "data" / "The Easton Ellises - Falcon 69.stem.mp4"
 
 
 def pytest_configure():
     torch.set_num_threads(1)  # tests run in two processes
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all they start, ignore it
+    # a shell's background jobs, and all they start, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def sdr(reference, estimate):
@@ -37,7 +40,7 @@ def sdr(reference, estimate):
 
 @pytest.fixture(scope="session")
 def excerpt_folder(tmp_path_factory):
-    """The excerpt of a real song that stempeg ships, as WAV files in a track folder of musdb's layout."""
+    """The excerpt of a real song that stempeg ships, as a track folder of musdb's WAV layout."""
     folder = tmp_path_factory.mktemp("excerpt") / "test" / EXCERPT.name.removesuffix(".stem.mp4")
     folder.parent.mkdir()
     decode_stem(EXCERPT, folder)
@@ -56,15 +59,19 @@ def read_tracks(folder):
     return {name: torch.from_numpy(audio.copy()) for name, audio in files.items()}
 
 
-def write_song(folder, seconds=2.0, rate=44100, seed=0, channels=2, names=("drums", "bass", "other", "vocals")):
+def write_song(
+    folder, seconds=2.0, rate=44100, seed=0, channels=2, names=("drums", "bass", "other", "vocals")
+):
     """A tiny song of noise and tones in musdb's WAV layout, 16 bit."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     time = np.arange(round(seconds * rate))[:, None] / rate
     total = 0
     for j, name in enumerate(names):
-        tone = np.sin(2 * np.pi * 110 * 2**j * rng.uniform(0.9, 1.1) * time) * rng.uniform(0.2, 1, channels)
-        audio = np.round(3000 * tone + 1000 * rng.standard_normal((len(time), channels))).astype(np.int16)
+        tone = np.sin(2 * np.pi * 110 * 2**j * rng.uniform(0.9, 1.1) * time)
+        tone = tone * rng.uniform(0.2, 1, channels)
+        noise = rng.standard_normal((len(time), channels))
+        audio = np.round(3000 * tone + 1000 * noise).astype(np.int16)
         soundfile.write(folder / f"{name}.wav", audio, rate)
         total = total + audio
     soundfile.write(folder / "mixture.wav", total, rate)
@@ -81,30 +88,50 @@ def musdb_root(tmp_path_factory):
     return root
 
 
-def make_model(folder, targets=("vocals", "drums", "bass", "other"), hidden_size=16, mask="relu", seed=0, sample_rate=44100, nfft=4096):
-    """A model folder with random but seeded weights, in the published layout."""
-    settings = dict(sample_rate=sample_rate, nfft=nfft, nhop=nfft // 4, nb_channels=2)
-    save(settings, Path(folder, "separator.json"))
-    for j, target in enumerate(targets):
-        network = random_network(seed + j, hidden_size=hidden_size, mask=mask, nb_bins=nfft // 2 + 1)
-        save(network.state_dict(), Path(folder, f"{target}.pth"))
-        args = dict(hidden_size=hidden_size, nb_channels=2, nfft=nfft, nhop=nfft // 4, mask=mask, unidirectional=False)
-        save({"args": args}, Path(folder, f"{target}.json"))
-    return Path(folder)
-
-
-def random_network(seed, **kwargs):
-    """An OpenUnmix in evaluation mode whose parameters and statistics are all random."""
+def random_network(seed, **settings):
+    """A network in evaluation mode whose parameters and statistics are all random."""
     torch.manual_seed(seed)
-    nb_bins = kwargs.get("nb_bins", 2049)
+    nb_bins = settings.get("nb_bins", 2049)
     mean, scale = torch.rand(nb_bins) * 2, torch.rand(nb_bins) * 2 + 0.5
-    network = OpenUnmix(**{"max_bin": nb_bins * 1487 // 2049, **kwargs, "input_mean": mean, "input_scale": scale})
-    for name, value in network.named_buffers():
+    network = make_network(**{"max_bin": nb_bins * 1487 // 2049, **settings})
+    network.input_mean.data = -mean[: network.max_bin]
+    network.input_scale.data = 1 / scale[: network.max_bin]
+    for value in network.buffers():
         if value.dtype.is_floating_point:
             value.uniform_(0.5, 1.5)
     for name in ("output_scale", "output_mean"):
         getattr(network, name).data.uniform_(0.5, 1.5)
     return network.eval()
+
+
+def make_model(
+    folder,
+    targets=("vocals", "drums", "bass", "other"),
+    hidden_size=16,
+    mask="relu",
+    seed=0,
+    sample_rate=44100,
+    nfft=4096,
+    nb_channels=2,
+    arch="blstm",
+    published=False,
+):
+    """A model folder with random but seeded weights: ours, or laid out as openunmix writes it."""
+    folder = Path(folder)
+    settings = dict(sample_rate=sample_rate, nfft=nfft, nhop=nfft // 4, nb_channels=nb_channels)
+    utils.save(settings, folder / "separator.json")
+    shape = dict(hidden_size=hidden_size, nb_channels=nb_channels)
+    for j, target in enumerate(targets):
+        made = dict(arch=arch, mask=mask, nb_bins=nfft // 2 + 1, unidirectional=False)
+        network = random_network(seed + j, **made, **shape)
+        args = {**shape, "nfft": nfft, "nhop": nfft // 4, "unidirectional": False}
+        record = {"args": args if published else {**args, "mask": mask, "arch": arch}}
+        if not published:
+            record["network"] = network.made_with
+        utils.save(record, folder / f"{target}.json")
+        weights = f"{target}-{j:08x}.pth" if published else f"{target}.pth"
+        utils.save(network.state_dict(), folder / weights)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -113,12 +140,12 @@ def model_folder(tmp_path_factory):
 
 
 def run_script(*command, cwd, timeout=300, env=None, code=0, threads=1):
-    """Run `python <script> ...` as a user would; returns (stdout, stderr) after checking the exit code."""
+    """Run `python <script> ...` as a user would; check the exit code; returns (stdout, stderr)."""
     script, *arguments = map(str, command)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HOME": str(cwd), **(env or {})}
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    settings = dict(cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, **settings)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert code == 0 or "Traceback" not in done.stderr, done.stderr
     return done.stdout, done.stderr
@@ -127,14 +154,14 @@ def run_script(*command, cwd, timeout=300, env=None, code=0, threads=1):
 class InThisProcess:
     """Stands for ProcessPoolExecutor, so that a test need not wait for another process to start."""
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         pass
 
     def submit(self, function, *arguments):
         future = Future()
         try:
             future.set_result(function(*arguments))
-        except UserError as error:
+        except utils.FAILURES as error:
             future.set_exception(error)
         return future
 

@@ -1,5 +1,10 @@
-"""Summary figures of seeded networks on the real excerpt; run as a script, by the published implementation, into figures.json."""
+"""Summary figures of seeded networks on the real excerpt, as openunmix 1.3.0 gives them.
 
+python tests/make_figures.py writes them into figures.json.
+"""
+
+import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,23 +17,23 @@ def summary(estimates, excerpt):
     """Norms, and SDRs in dB against the true sources, of estimates (J, C, N)."""
     sources = torch.stack([excerpt[name][:, : estimates.shape[-1]] for name in TARGETS])
     errors = (sources - estimates).square().sum((1, 2))
+    sides = estimates[:, 0] - estimates[:, 1]
     return {
         "norm": estimates.square().sum((1, 2)).sqrt().tolist(),
-        "left minus right": (estimates[:, 0] - estimates[:, 1]).square().sum(1).sqrt().tolist(),
+        "left minus right": sides.square().sum(1).sqrt().tolist(),
         "sdr": (10 * torch.log10(sources.square().sum((1, 2)) / errors)).tolist(),
     }
 
 
 def make(excerpt):
-    import json
-
     from conftest import random_network
     from openunmix.model import OpenUnmix, Separator
 
     networks = {}
     for j, target in enumerate(TARGETS):
+        ours = random_network(j, hidden_size=64, mask="relu")
         networks[target] = OpenUnmix(nb_bins=2049, hidden_size=64, max_bin=1487)
-        networks[target].load_state_dict(random_network(j, hidden_size=64, mask="relu").state_dict())
+        networks[target].load_state_dict(ours.state_dict())
         networks[target].eval()
     with torch.no_grad():
         estimates = Separator(networks, niter=1)(excerpt["mixture"][None, :, :176400])[0]
@@ -37,7 +42,6 @@ def make(excerpt):
 
 if __name__ == "__main__":
     import sys
-    import tempfile
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import EXCERPT, read_tracks

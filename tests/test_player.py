@@ -11,9 +11,9 @@ import soundfile
 import test
 from conftest import FOLDER
 
-from utils import AudioStream
-
-webdriver = pytest.importorskip("selenium.webdriver", reason="the player's tests need: pip install selenium")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="the player's tests need: pip install selenium"
+)
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -23,7 +23,7 @@ RATE, SECONDS = 44100, 12
 TONES = {"vocals": 440, "drums": 110, "bass": 55, "other": 880}  # Hz
 STEMS = list(TONES)
 NAMES = ["mixture", *STEMS]
-HOSTILE = "</script><img src=x onerror=alert(1)> & \"R\u00f8d\" '\u2028<!--<script>"
+HOSTILE = '</script><img src=x onerror=alert(1)> & "R\u00f8d" \'\u2028<!--<script>'
 
 
 def tone(frequency):
@@ -36,7 +36,9 @@ def browser(tmp_path_factory):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     chromedriver = shutil.which("chromedriver")
     if not (chromium and chromedriver):
-        pytest.skip("the player's tests need chromium and chromedriver: apt-get install chromium chromium-driver")
+        pytest.skip(
+            "the player's tests need chromium and chromedriver: apt-get install chromium chromium-driver"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync window-size=1200,900"
@@ -56,7 +58,8 @@ def path(tmp_path_factory):
     stems = {name: tone(frequency) for name, frequency in TONES.items()}
     for name, audio in {"mixture": sum(stems.values()), **stems}.items():
         soundfile.write(folder / f"{name}.wav", audio, RATE)
-    test.write_page(HOSTILE, {name: AudioStream(folder / f"{name}.wav") for name in NAMES}, folder / "index.html")
+    recordings = {name: test.Recording(folder / f"{name}.wav") for name in NAMES}
+    test.write_page(HOSTILE, recordings, folder / "index.html")
     return folder / "index.html"
 
 
@@ -93,7 +96,11 @@ class Player:
         self.button(name, kind).click()
 
     def pressed(self, kind):
-        return [name for name in NAMES if self.button(name, kind).get_attribute("aria-pressed") == "true"]
+        return [
+            name
+            for name in NAMES
+            if self.button(name, kind).get_attribute("aria-pressed") == "true"
+        ]
 
     def level(self, name):
         return self.ask(f"level({name!r})")
@@ -103,7 +110,9 @@ class Player:
 
         def agree():
             gains, levels = self.ask("gains()"), [self.level(name) for name in NAMES]
-            if all(level > 0.01 if gains[name] else level == 0 for name, level in zip(NAMES, levels)):
+            if all(
+                level > 0.01 if gains[name] else level == 0 for name, level in zip(NAMES, levels)
+            ):
                 return levels
 
         return [name for name, level in zip(NAMES, wait(agree)) if level]
@@ -130,7 +139,9 @@ def test_starts_with_the_stems_and_in_time(player):
     assert player.driver.find_element(By.ID, "time").text == "0:00 / 0:12"
     play.click()
     assert player.heard() == STEMS
-    assert play.get_attribute("aria-pressed") == "true" and play.get_attribute("aria-label") == "Pause"
+    assert (
+        play.get_attribute("aria-pressed") == "true" and play.get_attribute("aria-label") == "Pause"
+    )
     begin, clock = player.ask("currentTime()"), time.monotonic()
     time.sleep(0.5)
     assert player.ask("currentTime()") - begin == pytest.approx(time.monotonic() - clock, abs=0.25)
@@ -144,7 +155,10 @@ def test_starts_with_the_stems_and_in_time(player):
 def test_mute_solo_and_volume(player):
     player.press(Keys.SPACE)
     player.click("drums", "mute")
-    assert player.heard() == ["vocals", "bass", "other"] and player.pressed("mute") == ["mixture", "drums"]
+    assert player.heard() == ["vocals", "bass", "other"] and player.pressed("mute") == [
+        "mixture",
+        "drums",
+    ]
     player.click("drums", "solo")  # solo wins over mute
     player.click("bass", "solo")
     assert player.heard() == player.pressed("solo") == ["drums", "bass"]
@@ -166,7 +180,9 @@ def test_mute_solo_and_volume(player):
 
 def test_compare_with_the_mixture(player):
     compare = player.driver.find_element(By.ID, "compare")
-    assert compare.text == "Compare with mixture" and player.status() == "You hear all stems together."
+    assert (
+        compare.text == "Compare with mixture" and player.status() == "You hear all stems together."
+    )
     player.press(Keys.SPACE)
     compare.click()
     assert player.heard() == ["mixture"] and compare.get_attribute("aria-pressed") == "true"
@@ -208,12 +224,18 @@ def test_seek_drag_and_end(player):
     assert player.driver.find_element(By.ID, "time").text.startswith(("0:05 /", "0:06 /"))
     player.press(Keys.SPACE)
     player.seek(0.75, "bass")
-    assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(0.75 * SECONDS, abs=0.5)
+    assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(
+        0.75 * SECONDS, abs=0.5
+    )
     assert player.heard() == STEMS
     wave = player.driver.find_element(By.CSS_SELECTOR, ".wave")
     width = wave.size["width"]
-    player.actions().move_to_element(wave).click_and_hold().move_by_offset(-round(width / 4), 0).release().perform()
-    assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(SECONDS / 4, abs=0.5)
+    player.actions().move_to_element(wave).click_and_hold().move_by_offset(
+        -round(width / 4), 0
+    ).release().perform()
+    assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(
+        SECONDS / 4, abs=0.5
+    )
     player.seek(0.98)
     wait(lambda: not player.ask("playing"))
     assert player.ask("currentTime()") == player.ask("duration")
@@ -223,7 +245,9 @@ def test_seek_drag_and_end(player):
 
 def test_hostile_title_is_text(player):
     assert player.driver.title.startswith("</script><img")
-    assert player.driver.execute_script("return document.querySelector('h1').textContent") == HOSTILE
+    assert (
+        player.driver.execute_script("return document.querySelector('h1').textContent") == HOSTILE
+    )
     assert player.driver.find_elements(By.TAG_NAME, "img") == []  # a pending alert would raise here
 
 
@@ -234,14 +258,24 @@ def test_needs_nothing_but_itself(player):
     player.driver.execute_async_script("player.ready.then(arguments[0])")
     player.press(Keys.SPACE)
     assert player.heard() == STEMS
-    events = [json.loads(entry["message"])["message"] for entry in player.driver.get_log("performance")]
-    requests = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    events = [
+        json.loads(entry["message"])["message"] for entry in player.driver.get_log("performance")
+    ]
+    requests = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert requests == [player.driver.current_url]
     assert player.driver.get_log("browser") == []
 
 
 def test_broken_audio_is_named(browser, path, tmp_path):
-    broken = re.sub(r'("name": "drums", "audio": "data:audio/mpeg;base64,)[^"]*', r"\1AAAA", path.read_text(encoding="utf-8"))
+    broken = re.sub(
+        r'("name": "drums", "audio": "data:audio/mpeg;base64,)[^"]*',
+        r"\1AAAA",
+        path.read_text(encoding="utf-8"),
+    )
     (tmp_path / "broken.html").write_text(broken, encoding="utf-8")
     player = Player(browser, tmp_path / "broken.html")
     assert player.status().startswith("This browser cannot decode “drums”")

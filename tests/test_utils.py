@@ -1,25 +1,29 @@
-"""utils.py: command lines, files, downloads, the helpers that make the packages work everywhere."""
+"""utils.py: command lines, devices, files, downloads, and sound that is believed once decoded."""
 
+import errno
 import hashlib
+import io
 import math
 import os
+import signal
+import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from unittest import mock
 
+import av
 import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import FOLDER
+from conftest import FOLDER, sdr
 
 import utils
-from utils import EarlyStopping, Parser, UserError, atomic_write, download, load, number, save, select_device
+from utils import AudioFile, Parser, UserError, atomic_write, check_output, download, load, number
+from utils import only_writer, resample, resample_blocks, save, select_device
 
-# ------------------------------------------------------------------------------------------------------ command lines
+# --------------------------------------------------------------------------------- command lines
 
 
 def parser():
@@ -27,6 +31,7 @@ def parser():
     result.add_argument("--size", type=number(int, 1, 9), default=3, help="how many")
     result.add_argument("--rate", type=number(float, 0.5), help="how fast")
     result.add_argument("--quick", action="store_true", help="hurry")
+    result.add_argument("--name", type=utils.name)
     return result
 
 
@@ -38,6 +43,7 @@ def parser():
         (["--rate", "nan"], "--rate: nan is out of range (0.5 to inf)"),
         (["--siz", "4"], "unrecognized arguments: --siz 4"),
         (["--size"], "--size: expected one argument"),
+        (["--name", "a/b"], "--name: 'a/b' can't be a name"),
     ],
 )
 def test_bad_command_lines(arguments, message):
@@ -48,7 +54,8 @@ def test_bad_command_lines(arguments, message):
 
 def test_flags_given_by_hand():
     assert parser().parse_args([]).size == 3
-    assert parser().given(["--size=3", "--quick", "--rate", "-1"]) == {"size", "quick", "rate"}
+    given = parser().given(["--size=3", "--quick", "--rate", "-1"])
+    assert given == {"size", "quick", "rate"}
 
 
 def test_help_shows_defaults_that_say_something():
@@ -56,74 +63,167 @@ def test_help_shows_defaults_that_say_something():
     assert "how many (default: 3)" in text and "None" not in text and "False" not in text
 
 
-@pytest.mark.parametrize("error,line", [("a\nb\x1b[31m", "error: a\\nb\\x1b[31m"), ("Caught UserError: x.wav: is bad\n", "error: x.wav: is bad")])
-def test_errors_are_one_line(error, line, capsys):
-    assert utils.report(UserError(error)) == 2
-    assert capsys.readouterr().err == line + "\n"
+def test_names():
+    for good in ("vocals", "bass.v2", "[lead] vocals", "音楽", "train", "a" * 200, "ä b"):
+        assert utils.check_name(good, "target") == good
+    bad = ["", " ", ".", "..", ". .", "a/b", "\\", "../x", ".hidden", "a\nb", "\x7f", "a" * 201]
+    for name in [*bad, "é" * 101, "mixture", "Separator", None, 3, ["a"]]:
+        with pytest.raises(UserError, match=r"x\.json: target .* can't be a name"):
+            utils.check_name(name, "x.json: target")
+    assert utils.check_name("mixture", "track", reserved=()) == "mixture"
 
 
-def test_run_ends_with_the_right_code(capsys):
-    def fails(error):
-        def main():
-            raise error
+# --------------------------------------------------------------------------------- how scripts end
 
-        return main
 
-    for error, code in ((UserError("no"), 2), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as caught:
-            utils.run(fails(error))
-        assert caught.value.code == code
-    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
-        utils.run(fails(ZeroDivisionError()))
+def ends(main):
+    """The exit code that `run` gives a main."""
+    with pytest.raises(SystemExit) as caught:
+        utils.run(main)
+    return caught.value.code
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "x.wav")
+ENDS = [
+    (UserError("a\nb\x1b[31m"), 2, "error: a\\nb\\x1b[31m\n"),
+    (UserError("Caught UserError: x.wav: is bad\n"), 2, "error: x.wav: is bad\n"),
+    (FULL, 2, "error: x.wav: No space left on device; mend that or choose another folder\n"),
+    (MemoryError("8 EB"), 2, "error: the memory is full (8 EB); close programs"),
+    (RuntimeError("CUDA out of memory"), 2, "error: the memory is full (CUDA out of memory)"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+    (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+]
+
+
+@pytest.mark.parametrize("error,code,line", ENDS)
+def test_failures_end_in_one_line(error, code, line, capsys):
+    assert ends(raising(error)) == code
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.strip().count("\n") == 0
+
+
+def test_codes_and_tracebacks():
+    assert [ends(lambda code=code: code) for code in (0, 1, 2, None, "a network")] == [
+        0,
+        1,
+        2,
+        0,
+        0,
+    ]
+    for error in (ZeroDivisionError(), FileNotFoundError(2, "ours"), RuntimeError("shapes differ")):
+        with pytest.raises(type(error)):  # our own mistakes keep their traceback
+            utils.run(raising(error))
+
+
+def script(code, **kwargs):
+    """A process that runs `code` as the main of a script."""
+    lines = "".join(f"    {line}\n" for line in code.splitlines())
+    code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import utils, time\n"
+    code += f"def main():\n{lines}utils.run(main)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], **{**pipes, **kwargs})
+
+
+WRITE = "with utils.atomic_write(sys.argv[0] + 'x') as part:\n    part.touch()\n"
+WRITE += "    print('ready', flush=True)\n    time.sleep(60)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_clean_up(number, tmp_path):
+    process = script(WRITE, cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n" and os.listdir(tmp_path)
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number and os.listdir(tmp_path) == []
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("target,code", [("closed", 141), ("/dev/full", 2), ("ascii", 0)])
+def test_where_output_goes(target, code, tmp_path):
+    """`| head -1`, a full disk, a terminal without umlauts."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    output = open("/dev/full", "w") if target == "/dev/full" else subprocess.PIPE  # noqa: SIM115
+    process = script("for n in range(20000): print('\\u00fc', n)", stdout=output, env=environment)
+    if target == "closed":
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == code and said.count("\n") == (target == "/dev/full"), said
+    assert target != "ascii" or printed.startswith("\\xfc 0\n")
+
+
+# --------------------------------------------------------------------------------- devices
 
 
 def test_select_device(monkeypatch):
     assert select_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="--device tpu: no such device"):
-        select_device("tpu")
+    for name in ("tpu", "meta", "cpu:x"):
+        with pytest.raises(UserError, match=f"--device {name}: no such device"):
+            select_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="PyTorch sees 0 GPUs here"):
         select_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device("cuda") == torch.device("cuda:0")  # always with its index
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert select_device() == torch.device("cuda:1")
+    assert select_device() == select_device("cuda") == torch.device("cuda:1")
+    assert select_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UserError, match="sees 2 GPUs"):
         select_device("cuda:2")
 
 
-def test_early_stopping():
-    stopping = EarlyStopping(patience=2)
-    assert [stopping.step(loss) for loss in (3.0, 2.0, 2.5, 2.0)] == [True, True, False, False]
-    assert stopping.stop and stopping.best == 2.0
-    forever = EarlyStopping(patience=0)
-    assert not any(forever.stop for loss in range(1000) if not forever.step(loss + 1) or True)
+def test_amp_needs_bfloat16_instructions():
+    """oneDNN obeys this variable, as if the CPU were an older one."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    code = "print(utils.use_amp(False, 'cpu'), utils.use_amp(True, 'cuda'), utils.use_amp(True, 'cpu'))"
+    printed = script(code, env=environment).communicate(timeout=60)[0]
+    line = "this CPU has no bfloat16 instructions: --amp is left out, float32 is used\n"
+    assert printed == line + "False True False\n"
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------- files
 
 
 def test_atomic_write_leaves_the_old_file_after_a_failure(tmp_path):
-    path = tmp_path / "a" / "file.txt"
+    path = tmp_path / "a" / ("ä" * 120 + ".json")  # 245 bytes
     with atomic_write(path) as temporary:
         temporary.write_text("old")
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half of the new")
         raise RuntimeError
-    assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be written"), atomic_write(tmp_path / "file" / "x") as temporary:
-        temporary.write_text("")
+    assert path.read_text() == "old" and os.listdir(path.parent) == [path.name]
+    with atomic_write(path) as one, atomic_write(path) as other:  # as two processes would
+        assert one != other
+        one.touch()
+        other.touch()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with (
+            pytest.raises(UserError, match="could not be written"),
+            atomic_write(path) as temporary,
+        ):
+            temporary.write_text("")
 
 
 def test_save_and_load(tmp_path):
     save({"loss": [1.0, 0.1 + 0.2], "name": "[a, b]", "nan": math.nan}, tmp_path / "a.json")
     found = load(tmp_path / "a.json")
-    assert found["loss"] == [1.0, 0.1 + 0.2] and found["name"] == "[a, b]" and math.isnan(found["nan"])
-    assert len((tmp_path / "a.json").read_text().splitlines()) == 5  # a list of numbers is one line
+    assert found["loss"] == [1.0, 0.1 + 0.2] and found["name"] == "[a, b]"
+    assert math.isnan(found["nan"])
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert len(lines) == 5  # a list of numbers is one line
     save({"x": torch.arange(3)}, tmp_path / "a.pth")
     assert load(tmp_path / "a.pth")["x"].tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="b.pth: no such file"):
+    with pytest.raises(UserError, match=r"b\.pth: no such file"):
         load(tmp_path / "b.pth")
 
 
@@ -135,7 +235,8 @@ def test_damaged_files_are_named(tmp_path):
     for _ in range(100):
         flipped = bytearray(content)
         flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
-        (tmp_path / "bad.pth").write_bytes(flipped[: rng.integers(1, len(content))] if rng.random() < 0.5 else flipped)
+        end = rng.integers(1, len(content)) if rng.random() < 0.5 else None
+        (tmp_path / "bad.pth").write_bytes(flipped[:end])
         try:
             load(tmp_path / "bad.pth")
         except UserError as error:
@@ -150,12 +251,67 @@ def test_loading_executes_nothing(tmp_path):
             return os.system, (f"touch {tmp_path / 'executed'}",)
 
     torch.save({"x": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="evil.pth: is damaged or not a .pth file"):
+    with pytest.raises(UserError, match=r"evil.pth: is damaged or not a .pth file"):
         load(tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- downloads
+def test_one_writer_at_a_time(tmp_path):
+    """A second process waits and says for whom, or is refused; nothing is left behind."""
+    hold = f"with utils.only_writer({str(tmp_path / 'song')!r}, 'this song'):\n"
+    first = script(hold + "    print('in', flush=True)\n    time.sleep(float(sys.stdin.readline()))\n"
+                   "    print('out', time.time())", stdin=subprocess.PIPE)  # fmt: skip
+    assert first.stdout.readline() == "in\n"
+    refusal = pytest.raises(UserError, match=f"process {first.pid} is writing this song; wait")
+    with refusal, only_writer(tmp_path / "song", "this song", wait=False):
+        pass
+    second = script(hold + "    print('in', time.time())")
+    assert f"process {first.pid} is writing this song: waiting" in second.stdout.readline()
+    first.stdin.write("0.2\n")
+    first.stdin.flush()
+    left, entered = first.communicate()[0].split(), second.communicate()[0].split()
+    assert left[0] == "out" and entered[0] == "in" and float(left[1]) < float(entered[1])
+    assert os.listdir(tmp_path) == []
+    killed = script(hold + "    print('in', flush=True)\n    time.sleep(60)")
+    killed.stdout.readline()
+    killed.kill()
+    killed.communicate()
+    with only_writer(tmp_path / "song", "this song", wait=False):  # a dead process holds no lock
+        assert os.listdir(tmp_path) == [".song.lock"]
+
+
+def test_what_may_be_written(tmp_path):
+    song, data = tmp_path / "song.wav", tmp_path / "data"
+    data.mkdir()
+    for path in (song, tmp_path / "theirs", data / "x"):
+        path.touch()
+    os.link(song, tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(song)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in").symlink_to(data)
+    for name, ours, message in [
+        ("song.wav", True, "is an input"),
+        ("data/../song.wav", True, "is an input"),
+        ("hard", True, "is an input"),
+        ("soft", True, "is an input"),
+        ("data/new", True, "lies in the data that is read"),
+        ("in/new/file", True, "lies in the data that is read"),
+        ("data", True, "lies in the data that is read"),
+        ("theirs", False, "exists and was not written by this script"),
+        ("dangling", False, "exists and was not written by this script"),
+        ("", True, "exists and was not written by this script"),
+        ("theirs", True, None),
+        ("new/file", False, None),
+        ("database", False, None),
+    ]:
+        if message is None:
+            assert check_output(tmp_path / name, [song], [data], ours) == tmp_path / name
+        else:
+            with pytest.raises(UserError, match=message):
+                check_output(tmp_path / name, [song], [data], ours)
+
+
+# --------------------------------------------------------------------------------- downloads
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
 
@@ -192,60 +348,306 @@ def test_download(server, tmp_path, capsys):
     "address,start,message",
     [
         ("/missing", "", "File not found|Not Found"),
-        ("/truncated", "", "broke off after 70000 of 200000 bytes"),
-        ("/file", "00000000", "failed the check of its SHA-256 and was removed"),
+        ("/truncated", "", "got only 70000 out of 200000 bytes"),
+        ("/file", "00000000", "failed the check of its SHA-256"),
     ],
 )
 def test_failed_downloads_leave_nothing(server, tmp_path, address, start, message):
     with pytest.raises(UserError, match=message) as caught:
         download(server + address, tmp_path / "file.bin", start)
-    assert server + address in str(caught.value) and str(tmp_path / "file.bin") in str(caught.value)
+    assert server + address in str(caught.value)
+    assert str(tmp_path / "file.bin") in str(caught.value)
     assert not os.listdir(tmp_path)
 
 
 def test_no_network_is_noticed_at_once(tmp_path):
     with pytest.raises(UserError, match="fetch it by hand and put it at"):
         download("http://127.0.0.1:9/file", tmp_path / "file.bin")  # nobody listens there
-
-
-# ----------------------------------------------------------------------------------------------- torchaudio and ffmpeg
+    (tmp_path / "home").touch()
+    with pytest.raises(UserError, match=r"home/file\.bin: could not be written"):
+        download("http://127.0.0.1:9/file", tmp_path / "home" / "file.bin")  # nor is there a home
 
 
 def test_the_packages_work_without_ffmpeg_on_path(tmp_path):
-    """In a process of its own, with a PATH that has nothing."""
-    code = (
-        "import utils, shutil, subprocess; assert not shutil.which('ffmpeg'); utils.use_ffmpeg();"
-        "import stempeg, musdb; print(subprocess.run(['ffmpeg', '-version'], capture_output=True, text=True).stdout[:14]);"
-        "print(utils.resample(__import__('torch').ones(1, 480), 48000, 44100).shape)"
-    )
-    environment = {**os.environ, "PATH": str(tmp_path), "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True)
-    assert done.stdout == "ffmpeg version\ntorch.Size([1, 441])\n", done.stderr
-    assert not list(Path(tmp_path).iterdir())  # the links are gone with the process
+    code = "import shutil, torch, numpy as np; assert not shutil.which('ffmpeg')\n"
+    code += "print(utils.resample(torch.ones(1, 480), 48000, 44100).shape)\n"
+    code += "x = np.random.default_rng(0).standard_normal((2, 3000, 2))\n"
+    code += "print(utils.import_museval().evaluate(x, x, win=3000, hop=3000)[0].shape)\n"
+    code += "print(shutil.which('ffmpeg'))"
+    process = script(code, env={**os.environ, "PATH": str(tmp_path)})
+    printed, said = process.communicate(timeout=120)
+    assert printed == "torch.Size([1, 441])\n(2, 1)\nNone\n", said
 
 
-def test_ffmpeg_where_links_cannot_be_made(tmp_path, monkeypatch):
-    """As on Windows: the programs are copied."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
-    monkeypatch.setattr(os, "symlink", mock.Mock(side_effect=OSError("A required privilege is not held by the client")))
-    utils.use_ffmpeg.__wrapped__()  # without the cache: its work is done once in a process
-    assert sorted(os.listdir(tmp_path)) == ["ffmpeg", "ffprobe"] and not (tmp_path / "ffmpeg").is_symlink()
-    assert subprocess.run(["ffprobe", "-version"], capture_output=True).stdout.startswith(b"ffprobe version")
+# --------------------------------------------------------------------------------- sound in
+
+RATE = 44100
+RNG = np.random.default_rng(0)
+MUSIC = np.cumsum(RNG.uniform(-1, 1, (2 * RATE, 2)), axis=0)  # (N, C): red noise
+MUSIC = (MUSIC - MUSIC.mean(0)) / np.abs(MUSIC - MUSIC.mean(0)).max() * 0.8
 
 
-# ------------------------------------------------------------------------------------------------------------ audio in
+def encoded(kind, subtype=None, audio=MUSIC, rate=RATE, **kwargs):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, format=kind, subtype=subtype, **kwargs)
+    return buffer.getvalue()
 
 
-def test_file_without_permission(tmp_path, monkeypatch):
-    path = tmp_path / "song.wav"
-    path.touch()
-    refusal = PermissionError(13, "Permission denied")
-    monkeypatch.setattr(utils, "wav_layout", mock.Mock(side_effect=refusal))  # even where root runs this test
-    with pytest.raises(UserError, match=r"song.wav: cannot be read \(Permission denied\); check its permissions"):
-        utils.AudioStream(path)
+def mux(path, codec, audio=MUSIC, rate=RATE, start=None, **options):
+    """Write a file by PyAV; with `start` a film whose sound begins after so many seconds."""
+    with av.open(str(path), "w", options=options) as container:
+        sound = container.add_stream(codec, rate=rate, layout="stereo")
+        if start is not None:
+            video = container.add_stream("mpeg4", rate=10)
+            video.width = video.height = 64
+            for n in range(30):
+                frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+                frame.pts = n
+                container.mux(video.encode(frame))
+            container.mux(video.encode(None))
+        samples = np.ascontiguousarray(audio.T, dtype=np.float32)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = rate, round((start or 0) * rate)
+        frame.time_base = utils.Fraction(1, rate)
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    return path
+
+
+def read(path, content=None, size=10_000):
+    """All of a file as (C, N), after checking that every way of reading gives the same samples."""
+    if content is not None:
+        path.write_bytes(content)
+    audio = AudioFile.open(path)
+    blocks = list(audio.blocks(size=size))
+    whole = torch.cat(blocks, dim=1).numpy()
+    assert whole.shape == (audio.channels, audio.length) and whole.dtype == np.float32
+    assert max(block.shape[1] for block in blocks) <= size + 22_050
+    assert np.array_equal(audio.read(5000, 7000), whole[:, 5000:12_000])
+    beyond = audio.read(-10, audio.length + 30)
+    assert np.array_equal(beyond[:, 10:-20], whole) and not beyond[:, :10].any()
+    assert not beyond[:, -20:].any() and not audio.read(audio.length + 5, 3).any()
+    part = torch.cat(list(audio.blocks(3333, 44_444)), dim=1).numpy()
+    assert np.array_equal(part, whole[:, 3333:44_444])
+    return whole
+
+
+PLAIN = [
+    ("WAV", s) for s in ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"]
+]
+PLAIN += [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAVEX", "PCM_24"), ("RF64", "PCM_16")]
+PLAIN += [("W64", "PCM_24"), ("CAF", "PCM_16"), ("CAF", "FLOAT")]
+PLAIN += [("AU", "PCM_16"), ("AIFF", "PCM_S8"), ("AIFF", "PCM_24"), ("AIFF", "FLOAT")]
+PLAIN += [("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("NIST", "PCM_16")]
+DEFAULT = [("OGG", "VORBIS"), ("OGG", "OPUS")]
+
+
+@pytest.mark.parametrize("kind,subtype", PLAIN + DEFAULT)
+def test_formats_and_their_truncation(kind, subtype, tmp_path):
+    """The samples that soundfile's own floats are; cut anywhere, the file is named."""
+    rate = 48000 if subtype == "OPUS" else RATE
+    content = encoded(kind, subtype, rate=rate)
+    path = tmp_path / "file"
+    whole = read(path, content)
+    expected = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)[0].T
+    assert whole.shape == expected.shape and sdr(expected, whole) > (60 if kind == "OGG" else 140)
+    for cut in (1, 4, 100, 5000, len(content) // 3, len(content) * 2 // 3):
+        with pytest.raises(UserError, match=r"is truncated|breaks off or is damaged"):
+            read(path, content[:-cut])
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.mka", "b.mka", "a.mp4", "a.avi", "a.aac", "a.mp3"])
+def test_compressed_formats(name, tmp_path):
+    """The original's length where the format says it, its samples in place; cut, it is named."""
+    codec = {"a.mp3": "libmp3lame", "b.mka": "flac", "a.avi": "pcm_s16le"}.get(name, "aac")
+    options = {"movflags": "faststart"} if name in ("a.m4a", "a.mp4") else {}
+    content = mux(tmp_path / name, codec, **options).read_bytes()
+    whole = read(tmp_path / name)
+    delay = 1024 if name == "a.aac" else 0  # ADTS can't say that the encoder's delay is none of it
+    exact = name not in ("a.mka", "a.aac")
+    assert whole.shape[1] == len(MUSIC) if exact else 0 <= whole.shape[1] - len(MUSIC) < 3000
+    assert sdr(MUSIC.T, whole[:, delay : delay + len(MUSIC)]) > 15
+    for cut in (len(content) // 3, len(content) * 2 // 3):
+        with pytest.raises(UserError, match=r"is truncated|breaks off or is damaged"):
+            read(tmp_path / name, content[:-cut])
+
+
+def piped_wav(size):
+    content = bytearray(encoded("WAV", "PCM_16"))
+    content[4:8] = struct.pack("<I", min(size + 36, 0xFFFFFFFF))
+    content[40:44] = struct.pack("<I", size)
+    return bytes(content)
+
+
+def test_files_from_a_pipe(tmp_path):
+    """Who writes to a pipe doesn't know the length: what is there is believed."""
+    expected = soundfile.read(io.BytesIO(encoded("WAV", "PCM_16")), dtype="float32")[0].T
+    for size in (0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF):
+        assert np.array_equal(read(tmp_path / "a.wav", piped_wav(size)), expected), hex(size)
+    flac = bytearray(encoded("FLAC", "PCM_16"))
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    whole = read(tmp_path / "a.flac", bytes(flac))
+    assert np.array_equal(whole, read(tmp_path / "b.flac", encoded("FLAC", "PCM_16")))
+    with pytest.raises(UserError, match="breaks off or is damaged"):
+        read(tmp_path / "a.flac", bytes(flac[:-1000]))
+    gsm = encoded("WAV", "GSM610", MUSIC[:40_000, :1], 8000)
+    assert 40_000 <= read(tmp_path / "gsm.wav", gsm).shape[1] < 40_400
+    left = MUSIC[:20_000] * 2**31  # 24 bits in 4 bytes
+    form = struct.pack("<HHIIHH", 1, 2, RATE, 8 * RATE, 8, 24)
+    samples = (left.astype(np.int64) & ~255).astype("<i4").tobytes()
+    wide = b"RIFF" + struct.pack("<I", 36 + len(samples)) + b"WAVEfmt " + struct.pack("<I", 16)
+    wide += form + b"data" + struct.pack("<I", len(samples)) + samples
+    path = tmp_path / "wide.wav"
+    path.write_bytes(wide)
+    assert sdr(MUSIC[:20_000].T, AudioFile.open(path).read(0, 20_000)) > 120
+
+
+def test_mp3_is_read_to_its_true_end(tmp_path):
+    music = np.concatenate([0 * MUSIC, MUSIC, 0 * MUSIC])
+    variable = encoded("MP3", audio=music, bitrate_mode="VARIABLE", compression_level=0.3)
+    assert np.array_equal(read(tmp_path / "a.mp3", variable).shape, (2, len(music)))
+    bare = variable[variable.index(b"\xff\xfb", variable.index(b"Xing")) :]
+    whole = read(tmp_path / "b.mp3", bare)  # without the header any length is a guess
+    assert 0 <= whole.shape[1] - len(music) < 2400
+    assert sdr(music.T, whole[:, 1105 : 1105 + len(music)]) > 15
+    mp3 = encoded("MP3")
+    tag = b"ID3\x03\x00\x00\x00\x00\x00\x14TIT2\x00\x00\x00\x0a\x00\x00\x00abcdefghi"
+    for content in (mp3 + mp3, mp3 + tag + mp3):
+        whole = read(tmp_path / "c.mp3", content)
+        assert 0 < whole.shape[1] - 2 * len(MUSIC) < 4000
+        assert sdr(MUSIC.T, whole[:, : len(MUSIC)]) > 15
+    for end in (b"TAG" + bytes(125), b"LYRICSBEGIN" + bytes(900), bytes(3000), tag):
+        assert 0 <= read(tmp_path / "d.mp3", tag + mp3 + end).shape[1] - len(MUSIC) < 1152
+    middle = len(mp3) // 2
+    for content in (mp3[:middle], mp3[:middle] + mp3[middle + 6000 :]):
+        with pytest.raises(UserError, match=r"is truncated: \d\.\d\d of 2\.00 s|is damaged"):
+            read(tmp_path / "e.mp3", content)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_damaged_ogg_moves_nothing(subtype, tmp_path):
+    rate = 48000 if subtype == "OPUS" else RATE
+    content = encoded("OGG", subtype, np.concatenate([MUSIC] * 3), rate)
+    whole = read(tmp_path / "a.ogg", content)
+    twice = read(tmp_path / "a.ogg", content + content)
+    assert np.array_equal(twice[:, : whole.shape[1]], whole)
+    assert abs(twice.shape[1] - 2 * whole.shape[1]) < 0.02 * rate
+    middle = len(content) // 2
+    zeros = content[:middle] + bytes(3000) + content[middle + 3000 :]
+    flip = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+    pages = [n for n in range(len(content)) if content[n : n + 4] == b"OggS"]
+    for broken in (zeros, flip, content[: pages[-1]], content[: pages[3]] + content[pages[5] :]):
+        with pytest.raises(UserError, match="breaks off or is damaged"):
+            read(tmp_path / "a.ogg", broken)
+
+
+@pytest.mark.parametrize("name", ["late.mkv", "late.mov"])
+def test_sound_that_starts_late_in_a_film(name, tmp_path):
+    """Stems line up with the picture: silence until the sound begins."""
+    codec = "flac" if name.endswith("mkv") else "pcm_s16le"
+    whole = read(mux(tmp_path / name, codec, start=0.5))
+    begin = RATE // 2
+    assert whole.shape[1] == begin + len(MUSIC) and not whole[:, :begin].any()
+    assert sdr(MUSIC.T, whole[:, begin:]) > 60
+
+
+def test_what_is_no_sound(tmp_path):
+    (tmp_path / "text.wav").write_text("this is no audio\n" * 100)
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/six.wav\n")
+    (tmp_path / "empty.wav").touch()
+    os.mkfifo(tmp_path / "fifo.wav")
+    for name, shape in (("six", (100, 6)), ("none", (0, 2))):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(shape), RATE)
+    soundfile.write(tmp_path / "slow.wav", np.zeros(100), 10)
+    for name, message in [
+        ("text.wav", "is not audio that can be read"),
+        ("list.m3u8", "is not audio that can be read"),
+        ("empty.wav", "is not audio that can be read"),
+        ("fifo.wav", "is not a regular file"),
+        ("", "is a folder"),
+        ("gone.wav", "no such file"),
+        ("six.wav", "has 6 channels; mix it down"),
+        ("none.wav", "contains no samples"),
+        ("slow.wav", "has a sample rate of 10 Hz"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            AudioFile.open(tmp_path / name)
+    os.chmod(tmp_path / "text.wav", 0)
+    if os.getuid():  # root may read everything
+        with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+            AudioFile.open(tmp_path / "text.wav")
+
+
+def test_samples_that_can_not_be(tmp_path):
+    for value in (np.nan, np.inf, -np.inf, 1e30, -1001):
+        audio = MUSIC.copy()
+        audio[70_000, 1] = value
+        soundfile.write(tmp_path / "a.wav", audio, RATE, subtype="FLOAT")
+        found = AudioFile.open(tmp_path / "a.wav")
+        message = r"a.wav: has NaN, infinite or absurdly loud samples \(\+60 dBFS\) at 1.6 s"
+        with pytest.raises(UserError, match=message):
+            list(found.blocks())
+        with pytest.raises(UserError, match=message):
+            found.read(69_000, 2000)
+        assert len(found.read(0, 100)) == 2  # the rest is as good as it is
+    soundfile.write(tmp_path / "a.wav", 999 * MUSIC, RATE, subtype="FLOAT")
+    assert np.abs(read(tmp_path / "a.wav")).max() > 700  # loud, but possible
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
+def test_files_that_change(name, tmp_path):
+    """Between two passes, or within one."""
+    path = tmp_path / name
+    soundfile.write(path, MUSIC, RATE)
+    content, audio = path.read_bytes(), AudioFile.open(path)
+    for other in (content + b"x", content[:-2000], b""):
+        path.write_bytes(other)
+        with pytest.raises(UserError, match="was changed since it was opened"):
+            audio.read(0, 100)
+        path.write_bytes(content)
+        audio = AudioFile.open(path)
+        blocks = audio.blocks(size=10_000)
+        next(blocks)
+        path.write_bytes(other)
+        with pytest.raises(UserError, match=r"was changed|is truncated|is damaged"):
+            list(blocks)
+        path.write_bytes(content)
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        audio.read(0, 100)
+
+
+def test_names_that_are_no_text(tmp_path):
+    soundfile.write(tmp_path / "a.wav", MUSIC, RATE)
+    path = os.path.join(os.fsencode(tmp_path), b"\xff.raw")
+    os.rename(tmp_path / "a.wav", path)
+    assert AudioFile.open(os.fsdecode(path)).length == len(MUSIC)
+
+
+# --------------------------------------------------------------------------------- resampling
+
+
+def test_resampling_in_blocks():
+    """The same samples as resampling at once, however the recording is cut up, there and back."""
+    rng = np.random.default_rng(0)
+    rates = [8000, 11025, 16000, 22050, 32000, 44100, 47952, 48000, 96000, 192000]
+    for _ in range(150):
+        rate, new_rate = (int(r) for r in rng.choice(rates, 2))
+        samples = int(rng.choice([1, 2, 100, 161, 5001, 20_003]))
+        x = torch.from_numpy(rng.standard_normal((2, samples), dtype=np.float32))
+        cuts = np.sort(rng.integers(0, samples + 1, rng.integers(0, 9)))
+        blocks = torch.tensor_split(x, torch.from_numpy(cuts), dim=1)
+        parts = torch.cat(list(resample_blocks(blocks, rate, new_rate)), dim=1)
+        whole = resample(x, rate, new_rate)
+        assert parts.shape == whole.shape and sdr(whole, parts) > 90
+        assert resample(whole, new_rate, rate).shape[1] >= samples
+    assert list(resample_blocks([], 48000, 44100)) == []
+    assert list(resample_blocks([torch.zeros(2, 0)], 48000, 44100)) == []
 
 
 def test_rates_without_a_common_divisor():
-    with pytest.raises(UserError, match="audio of 44101 Hz can't be resampled to 44100 Hz; convert it first: ffmpeg"):
-        utils.resample(torch.zeros(1, 100), 44101, 44100)
+    with pytest.raises(
+        UserError, match="audio of 44101 Hz can't be resampled to 44100 Hz; convert"
+    ):
+        resample(torch.zeros(1, 100), 44101, 44100)

@@ -694,19 +694,16 @@ def stream(separator, audio, block=300):
         items = list(zip(*inputs))
         return in_parallel(work, items) if device.type == "cpu" else [work(item) for item in items]
 
-    def look_around(net, parts):
-        h = torch.cat(parts)
-        parts.clear()  # they are as large as h
-        return net.recur(h)
-
     def staged():
-        hidden = [[] for _ in networks]
+        hidden, length = [torch.empty(0) for _ in networks], 0  # (T, 1, H) each, with room to grow
         for X in spectra(block):
-            x = magnitude(X, nb_channels)
-            for h, part in zip(hidden, for_each(lambda net: net.encode(x), networks)):
-                h.append(part)
-        hidden = for_each(look_around, networks, hidden)  # (T, 1, H)
-        window, position = separator.wiener_win_len or sum(len(h) for h in hidden[:1]), 0
+            x, start, length = magnitude(X, nb_channels), length, length + X.shape[-1]
+            for j, h in enumerate(for_each(lambda net: net.encode(x), networks)):
+                if len(hidden[j]) < length:
+                    hidden[j] = hidden[j].to(h).resize_(2 * length, *h.shape[1:])
+                hidden[j][start:length] = h
+        hidden = for_each(lambda net, h: net.recur(h[:length]), networks, hidden)  # (T, 1, H)
+        window, position = separator.wiener_win_len or length, 0
         for X in spectra(window):
             x, part = magnitude(X, nb_channels), slice(position, position + X.shape[-1])
             position = part.stop
@@ -785,21 +782,37 @@ def stft_blocks(audio, frames, n_fft=4096, n_hop=1024):
 def istft_blocks(spectra, length, n_fft=4096, n_hop=1024):
     """Inverse of `stft_blocks`: spectra (..., F, t) in turn -> finished samples (..., n).
 
-    `length()` tells N when the last spectrum has come.
+    `length()` tells N when the last spectrum has come, and before that no less than is due. Three
+    times as fast as torch.istft, which is a tenth of a separation.
     """
-    context = n_fft // 2 // n_hop + 1
-    X, first, done = None, 0, 0  # unfinished frames from number `first` on, finished samples
-    for more in itertools.chain(spectra, [None]):
-        if more is not None:
-            X = more if X is None else torch.cat([X, more], dim=-1)
-            end = (first + X.shape[-1] - 1 - context) * n_hop
-        else:
-            end = length()
-        if end > done:
-            yield istft(X, end - first * n_hop, n_fft, n_hop)[..., done - first * n_hop :]
-            done = end
-            keep = max(0, done // n_hop - context - first)
-            X, first = X[..., keep:], first + keep
+    overlap = (-(-n_fft // n_hop) - 1) * n_hop
+    position, tails = -(n_fft // 2), (0, 0)
+    for X in spectra:
+        hops = X.shape[-1] * n_hop
+        window = torch.hann_window(n_fft, device=X.device, dtype=X.real.dtype)
+        frames = torch.fft.irfft(X.mT, n=n_fft)  # (..., T, n_fft)
+        weights = window.expand(X.shape[-1], -1)
+        sums = overlap_add(frames, window, n_hop), overlap_add(weights, window, n_hop)
+        for samples, tail in zip(sums, tails):  # the signal, and what to divide it by
+            samples[..., :overlap] += tail
+        tails = [samples[..., hops:] for samples in sums]
+        done = slice(max(0, -position), min(length() - position, hops))
+        yield sums[0][..., done] / sums[1][done]
+        position += hops
+    if position < length():
+        done = slice(max(0, -position), length() - position)
+        yield tails[0][..., done] / tails[1][done]
+
+
+def overlap_add(frames, window, n_hop):
+    """Sum of windowed frames (..., T, n_fft), each n_hop samples after the one before: (..., N)."""
+    nb_frames, steps = frames.shape[-2], -(-len(window) // n_hop)
+    sums = frames.new_zeros(*frames.shape[:-2], nb_frames + steps - 1, n_hop)
+    for step in range(steps):  # the same part of all frames at a time: no two of them meet
+        part = slice(step * n_hop, (step + 1) * n_hop)
+        target = sums[..., step : step + nb_frames, : len(window[part])]
+        target.addcmul_(frames[..., part], window[part])
+    return sums.flatten(-2)  # (..., N)
 
 
 # --------------------------------------------------- fast forms, measured by benchmarks/tricks.py
@@ -846,8 +859,9 @@ def standardised_linear(linear, x, mean, scale):
     if not is_plain(linear, nn.Linear) or linear.bias is not None:
         return linear(((x + mean) * scale).flatten(-2))
     weight = linear.weight.unflatten(1, x.shape[-2:]) * scale  # (H, C, F)
-    h = [F.linear(x[..., c, :], weight[:, c]) for c in range(x.shape[-2])]  # (..., H) each
-    return sum(h) + (weight * mean).sum((1, 2))
+    rows = x.flatten(0, -3)  # (everything else, C, F)
+    h = sum(F.linear(rows[:, c], weight[:, c]) for c in range(rows.shape[1]))
+    return (h + (weight * mean).sum((1, 2))).unflatten(0, x.shape[:-2])  # (..., H)
 
 
 def scaled_batch_norm(bn, y, scale, mean):

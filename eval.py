@@ -373,7 +373,7 @@ def main(arguments=None):
         name = Path(folder).name
         files[os.path.abspath(folder) if name in ("", *files) else name] = paths
     if not files:
-        return 2
+        raise UserError("there are no scores to show: no track could be scored")
     medians = show(files, args)
     if jobs:
         print(f"\nscores of every frame: {printable(args.evaldir)}/. Next: hear it ", end="")

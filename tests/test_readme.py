@@ -107,7 +107,7 @@ def flags():
 
 
 def test_commands_of_the_readme_have_flags_that_exist(flags):
-    commands = re.findall(r"python (train|test|eval)\.py([^`\n]*)", README)
+    commands = re.findall(r"python (train|test|eval)\.py([^`)\n]*)", README)  # up to the end
     assert len(commands) > 20
     for script, arguments in commands:
         words = shlex.split(arguments.partition("#")[0].replace("'", "").replace('"', ""))

@@ -327,7 +327,7 @@ def test_torchrun_and_a_lost_process(root, tmp_path):
     # which one depends on who tells the other process first: its lost connection, or torchrun
     said = r"(error: another process ended|interrupted); continue with: torchrun ... "
     assert re.search(said, complaint), complaint
-    assert not any(f'File "{path}"' in complaint for path in FOLDER.glob("*.py"))
+    assert f'File "{script}"' not in complaint  # no traceback of ours
     found = checkpoint(tmp_path / "open-unmix")["record"]
     assert found["epochs_trained"] == len(found["valid_loss_history"]) >= 1
 

@@ -89,6 +89,7 @@ class RandomMixes(torch.utils.data.Dataset):
     nb_channels: int = 2
     seq_dur: float = 6.0  # seconds
     samples_per_track: int = 64  # in each epoch
+    samples_per_epoch: int | None = None  # instead, however many tracks there are
     seed: int = 42
     augmentations: tuple = ()  # functions (audio (C, N) float32, numpy Generator) -> audio
     # Interferers come each from a track of its own ("tracks"), all from one other ("track"), from
@@ -106,12 +107,12 @@ class RandomMixes(torch.utils.data.Dataset):
             self.tracks = self.pools[self.wanted[0]]
 
     def __len__(self):
-        return len(self.tracks) * self.samples_per_track
+        return self.samples_per_epoch or len(self.tracks) * self.samples_per_track
 
     def __getitem__(self, index):
         keep_freed_memory()
         rng = np.random.default_rng((self.seed, index))
-        track = self.tracks[index % len(self) // self.samples_per_track]
+        track = self.tracks[index % len(self.tracks)]
         mixture = np.zeros((self.nb_channels, self.length), np.float32)
         targets = np.zeros((len(self.parts), *mixture.shape), np.float32)
         for name, audio, start in self.draw(track, rng):
@@ -461,8 +462,8 @@ def load_datasets(tracks, layout_name, targets, sample_rate, nb_channels=2, **ex
         valid = WholeTracks(tracks["valid"], targets, **settings)
         return train, valid, WholeTracks(tracks["train"], (), **settings)
     fixed = [RandomMixes(tracks[split], targets, **examples) for split in ("valid", "train")]
-    for mixes in fixed:  # a hundred mixes or a few more, always the same
-        mixes.samples_per_track = math.ceil(100 / len(mixes.tracks))
+    for mixes in fixed:  # always the same
+        mixes.samples_per_epoch = max(100, len(mixes.tracks))
     return train, *fixed
 
 
@@ -487,9 +488,9 @@ def find_musdb(root=None, is_wav=False, cache=None):
     if root is None:
         root = Path.home() / "MUSDB18" / "MUSDB18-7"
         try:
-            with utils.only_writer(root, "MUSDB18's sample"):
-                if not (root / "train").is_dir():
-                    download_sample(musdb_settings()["sample-url"], root)
+            if not (root / "train").is_dir():
+                url = musdb_settings()["sample-url"]
+                fetch_archive(url, root)
         except (UserError, OSError) as error:
             why = f"MUSDB18's 7-second sample can't be had ({error})."
             print(utils.printable(f"{why} Synthesized songs are used instead."))
@@ -506,19 +507,61 @@ def stem_files(root):
     return [path for part in ("train", "test") for path in visible(root / part, ".stem.mp4")]
 
 
-def download_sample(url, folder):
-    """Fetch MUSDB18's sample (a zip of train/*.stem.mp4, test/*.stem.mp4), whole or not at all."""
-    by_hand = f"fetch it by hand and unpack it to {folder}"
-    with new_folder(folder) as unpacked:
-        archive = unpacked / f"{folder.name}.zip"
-        utils.download(url, archive, by_hand=by_hand)
+# The data sets, as archives of train/ and test/: address, GB, GB unpacked, SHA-256 where published.
+SETS = {
+    "musdb18": ("https://zenodo.org/records/1117372/files/musdb18.zip", 4.7, 4.7, ""),
+    "musdb18hq": (
+        "https://zenodo.org/records/3338373/files/musdb18hq.zip",
+        22.7,
+        31.0,
+        "baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d",
+    ),
+}
+
+
+def fetch_set(name, root):
+    """Fetch MUSDB18 or MUSDB18-HQ to the folder `root`, or go on fetching; returns it as a Path.
+
+    Raises UserError where `root` holds anything else, or the disk is too small.
+    """
+    root = Path(root).expanduser()
+    url, packed, unpacked, sha256 = SETS[name]
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        return root
+    if visible(root) or root.is_file():
+        raise UserError(f"{root}: holds something else; name an empty or a new folder with --root")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root.parent).free / 1e9
+    archive = utils.hidden(root, "zip")
+    here = sum(p.stat().st_size for p in (archive, utils.hidden(archive, "part")) if p.exists())
+    print(f"{name}: {packed} GB to fetch, {packed + unpacked:.0f} GB of disk while it is unpacked")
+    print("its songs are for research and education, most not for commerce: see its page,", url)
+    if free < packed + unpacked - here / 1e9:
+        raise UserError(f"{root}: {free:.0f} GB are free there; choose another --root")
+    fetch_archive(url, root, sha256)
+    return root
+
+
+def fetch_archive(url, folder, sha256=""):
+    """Fetch a zip of train/... and test/... and unpack it to a folder, whole or not at all."""
+    archive, by_hand = utils.hidden(folder, "zip"), f"fetch it by hand and unpack it to {folder}"
+    with utils.only_writer(folder, "a data set"):
+        if (folder / "train").is_dir():  # made while this process waited
+            return
+        if not archive.exists():
+            utils.download(url, archive, sha256, by_hand)
         try:
-            zipfile.ZipFile(archive).extractall(unpacked)  # its names can't lead out of there
+            with new_folder(folder) as unpacked:
+                with zipfile.ZipFile(archive) as file:
+                    for name in tqdm(file.namelist(), f"unpacking to {folder.name}", unit="file"):
+                        file.extract(name, unpacked)  # checked; its name can't lead out of there
+                if not (stem_files(unpacked) or visible(unpacked / "train")):
+                    raise zipfile.BadZipFile("it holds no train/")
         except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if not isinstance(error, OSError):  # else the disk is full: the archive is good
+                archive.unlink()
             raise UserError(f"{url}: could not be unpacked ({error}); {by_hand}") from error
         archive.unlink()
-        if not stem_files(unpacked):
-            raise UserError(f"{url}: the archive holds no train/*.stem.mp4; {by_hand}")
 
 
 def decode_stems(root, cache):

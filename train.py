@@ -37,10 +37,13 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from data import AUGMENTATIONS, LAYOUTS, index_dataset, load_datasets, most_common_rate
-from model import ARCHITECTURES, MASKS, arguments_of, load_separator, magnitude, make_network, stft
-from utils import Parser, UserError, check_name, check_output, code_fingerprint, figure, load
-from utils import number, only_writer, process_rank, run, save, save_figure, select_device, use_amp
+from data import AUGMENTATIONS, LAYOUTS, SETS, fetch_set, index_dataset, load_datasets
+from data import most_common_rate
+from model import ARCHITECTURES, MASKS, arguments_of, istft, load_separator, magnitude
+from model import make_network, stft
+from utils import Parser, UserError, atomic_write, check_name, check_output, code_fingerprint
+from utils import figure, load, number, only_writer, patched, process_rank, run, save, save_figure
+from utils import select_device, use_amp
 
 # ------------------------------------------------------------------------- what one changes: a loss
 
@@ -56,8 +59,6 @@ def compute_loss(network, x, y, args):
         Y_hat = network(X)
     return F.mse_loss(Y_hat.float(), Y)
 
-
-METRICS = {}  # more numbers of each validation track: {name: a function like compute_loss}
 
 # ---------------------------------------------------------------------------------------- one epoch
 
@@ -78,7 +79,7 @@ def train(network, state, loader, args, device, name):
         if len(losses) % 10 == 0:  # to look at a loss is to wait for the GPU
             check_finite(losses, name, args)
     check_finite(losses, name, args)
-    return average(torch.stack(losses).double().mean())
+    return over_all(torch.stack(losses).double().mean()).item() / process_rank()[2]
 
 
 @torch.no_grad()
@@ -89,13 +90,18 @@ def validate(network, dataset, args, device):
     rank, _, world = process_rank()
     for buffer in network.buffers() if world > 1 else ():  # batch norms' statistics
         dist.broadcast(buffer, 0)
-    size = 1 if args.dry_run else len(dataset)
-    means = dict.fromkeys(metrics, 0.0)
-    for index in range(rank, size, world):
+    sums = torch.zeros(len(metrics), 2)  # of the values, and how many
+    for index in range(rank, 1 if args.dry_run else len(dataset), world):
         x, y = (waveform[None].to(device) for waveform in dataset[index])
-        for name, metric in metrics.items():
-            means[name] += float(metric(network, x, y, args)) * world / size
-    return {f"valid_{name}": average(torch.tensor(mean).to(device)) for name, mean in means.items()}
+        with patched(network, "forward", computed_once(network.forward)):
+            values = torch.tensor(
+                [float(metric(network, x, y, args)) for metric in metrics.values()]
+            )
+        defined = ~values.isnan()
+        defined[0] = True  # a metric may be NaN where a track is silent, the loss may not
+        sums[defined] += torch.stack([values, torch.ones(len(values))], dim=1)[defined]
+    means = over_all(sums.to(device))
+    return {f"valid_{name}": (s / n).item() for name, (s, n) in zip(metrics, means.cpu())}
 
 
 # ------------------------------------------------------------- what one changes: optimizer, presets
@@ -123,7 +129,7 @@ def kept_network(state):
 
 PRESETS = {  # the flags that a preset changes; those given by hand win
     "umx": "",  # the published recipe
-    "tutorial": "epochs=20 batch_size=8 seq_dur=3.0 samples_per_track=16 hidden_size=256 lr=0.002"
+    "tutorial": "epochs=20 batch_size=8 seq_dur=3.0 samples_per_epoch=384 hidden_size=256 lr=0.002"
     " lr_decay_patience=3",
 }
 
@@ -133,14 +139,16 @@ PRESETS = {  # the flags that a preset changes; those given by hand win
 def main(arguments=None):
     """Train each target that the flags name, one after the other; returns the model folder."""
     flags, given = parse_args(arguments)
+    if flags.download:
+        return fetch(flags)
     trainings = choose_trainings(flags, given)
     args, statistics = trainings[0][1] if trainings else flags, None
     device = set_up(args)
-    networks = {target: first_network(target, *others) for target, *others in trainings}
+    networks = [first_network(*training) for training in trainings]
     for target, args, checkpoint in trainings:
         args.amp = use_amp(args.amp, device)
         tracks = index_tracks(args)
-        network = networks.pop(target) or new_network(args)
+        network = networks.pop(0) or new_network(args)
         train_set, valid_set, mixtures = make_datasets(tracks, sources_of(target, network), args)
         if not (checkpoint or args.model):
             if flags.checkpoint or not statistics:  # else all targets have the same mixtures
@@ -149,12 +157,14 @@ def main(arguments=None):
         record = checkpoint["record"] if checkpoint else new_record(target, network)
         rehearse(network, valid_set, record, args)
         if not flags.checkpoint and target == args.target[0]:
-            prepare_folder(args)
+            for folder in dict.fromkeys([flags.output, args.output]):
+                prepare_folder(Path(folder), args)
         with only_training(target, args):
             state = make_state(network.to(device), args)
             if checkpoint:
                 restore(state, checkpoint, args, given)
             else:
+                try_nothing(network, valid_set, record, args, device)
                 save_training(state, record, args)
             loader = make_loader(train_set, args, device)
             parallel = over_processes(network, device)
@@ -167,14 +177,16 @@ def main(arguments=None):
                 metrics["lr"] = state["optimizer"].param_groups[0]["lr"]
                 check_finite([torch.tensor(metrics["valid_loss"])], f"{name}, validation", args)
                 plateau = isinstance(state["scheduler"], ReduceLROnPlateau)
-                state["scheduler"].step(*[metrics["valid_loss"]] * plateau)
-                state["stopping"].step(metrics["valid_loss"], epoch)
+                state["scheduler"].step(*[to_minimize(metrics, args)] * plateau)
+                state["stopping"].step(to_minimize(metrics, args), epoch)
                 metrics["train_time"] = time.time() - start
                 note_epoch(state, record, metrics, args)
                 save_training(state, record, args)
                 if args.dry_run:
                     break
-    finish(args)
+    if trainings and len(args.seeds) > 1:
+        keep_best(Path(flags.output), args)
+    finish(flags, args)
     return Path(flags.output)
 
 
@@ -200,7 +212,14 @@ def make_datasets(tracks, sources, args):
     """
     layout = LAYOUTS[args.dataset]
     mixes = [mix for name, mix in layout.mix_flags.items() if getattr(args, name)]
-    names = "sample_rate", "nb_channels", "seq_dur", "samples_per_track", "seed"
+    names = (
+        "sample_rate",
+        "nb_channels",
+        "seq_dur",
+        "samples_per_track",
+        "samples_per_epoch",
+        "seed",
+    )
     settings = {name: getattr(args, name) for name in (*names, "source_augmentations")}
     return load_datasets(tracks, args.dataset, sources, mix=(*mixes, layout.mix)[0], **settings)
 
@@ -252,15 +271,63 @@ def sources_of(target, network):
     return list(sources or [target])
 
 
+# ------------------------------------------------------------- what is said before the first epoch
+
+
+def compute_sdr(network, x, y, args):
+    """SDR in dB of the estimates with the mixture's phase; mean over sources, NaN for a silent one.
+
+    From: Mitsufuji et al., Music Demixing Challenge 2021, equation 1.
+    """
+    X = stft(x, args.nfft, args.nhop)  # (B, C, F, T)
+    V = network(magnitude(X, args.nb_channels)).float()
+    V = V.unflatten(1, (-1, args.nb_channels))  # (B, K, C, F, T)
+    y_hat = istft(V * X.sgn()[:, None], x.shape[-1], args.nfft, args.nhop)  # (B, K, C, N)
+    y = y.unflatten(1, (-1, x.shape[1]))
+    energy, error = (z.square().sum((0, 2, 3)) for z in (y, y - y_hat))  # (K,)
+    return (
+        (10 * torch.log10(energy / error.clamp_min(1e-12))).where(energy > 0, torch.nan).nanmean()
+    )
+
+
+METRICS = {"SDR": compute_sdr}  # numbers of each validation track: {name: function as compute_loss}
+
+
+def try_nothing(network, dataset, record, args, device):
+    """Put on record, and say, what validation gives for the mixture as the estimate, and silence.
+
+    Raises UserError where the mixture is the target.
+    """
+
+    def result(estimate):
+        called = []
+        with patched(network, "forward", lambda x: called.append(x) or estimate(x)):
+            return validate(network, dataset, args, device), called
+
+    sources = len(dataset[0][1]) // len(dataset[0][0])
+    nothing, called = result(lambda x: x.repeat(1, sources, 1, 1))
+    if not called:  # the loss looks into the network: what it gives is not that of doing nothing
+        return
+    silence, _ = result(lambda x: x.repeat(1, sources, 1, 1) * 0)
+    target, sdr = record["target"], nothing.get("valid_SDR", 0)
+    if sdr > 100:
+        raise UserError(f"{target}: its input and target are identical; check the files")
+    record["nothing"] = nothing
+    losses = [f"{numbers['valid_loss']:.4g}" for numbers in (nothing, silence)]
+    say(
+        args,
+        f"{target}: to beat: loss {losses[0]}, SDR {sdr:.2f} dB (the mixture as estimate)"
+        f" and loss {losses[1]}, SDR 0 dB (silence)",
+    )
+
+
 def rehearse(network, dataset, record, args):
     """Save, load and run the network on two seconds: what could not be separated with fails now.
 
-    Raises UserError where input and target are the same, where the network's output has not the
-    target's shape, and where the network that is loaded gives other numbers.
+    Raises UserError where the network's output has not the target's shape, and where the network
+    that is loaded gives other numbers.
     """
     x, y = dataset[0]
-    if x.shape == y.shape and x.any() and torch.equal(x, y):
-        raise UserError(f"{record['target']}: its input and target are identical; check the files")
     noise = torch.rand(1, 1, 2 * args.sample_rate + args.nfft)
     X = magnitudes(noise.expand(-1, len(x), -1), args)
     sources = len(y) // len(x)
@@ -286,6 +353,8 @@ def make_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="musdb", choices=list(LAYOUTS), help="layout of the data, see data.py")
     add("--root", help="folder of the data (default: MUSDB18's sample, or synthesized songs)")
+    text = "fetch this data set to --root, or the rest of it, and end"
+    add("--download", choices=list(SETS), help=text)
     add("--is-wav", action="store_true", help="--root is MUSDB18-HQ, even if it holds stems too")
     add("--cache", help="folder for WAV files decoded from stems (default: <root>-wav)")
     add("--target", nargs="+", default=["vocals"], help="sources to train, a network each")
@@ -307,6 +376,8 @@ def make_parser():
     add("--seq-dur", type=number(float, 0.1), default=6.0, help="seconds of a training example")
     text = "training examples per track and epoch"
     add("--samples-per-track", type=number(int, 1), default=64, help=text)
+    text = "training examples per epoch, however many tracks there are"
+    add("--samples-per-epoch", type=number(int, 1), help=text)
     changes = {"nargs": "*", "default": ["gain", "channelswap"], "choices": list(AUGMENTATIONS)}
     add("--source-augmentations", **changes, help="what changes each source before mixing")
     add("--nb-workers", type=number(int, 0), help="loading processes (default: CPU 0, GPU up to 8)")
@@ -345,7 +416,10 @@ def make_parser():
     text = "lower the rate after so many such epochs"
     add("--lr-decay-patience", type=number(int, 0), default=80, help=text)
     add("--lr-decay-gamma", type=number(float, 1e-6, 0.999999), default=0.3, help="by this factor")
-    add("--seed", type=number(int, 0), default=42, help="of weights, examples and dropout")
+    text = "of weights, examples and dropout; of several, each is trained and the best kept"
+    add("--seed", type=number(int, 0), nargs="+", default=[42], help=text)
+    text = "what makes an epoch the best one: validation loss, or SDR"
+    add("--select", choices=["loss", "sdr"], default="loss", help=text)
     add("--amp", action=argparse.BooleanOptionalAction, default=False, help="network in bfloat16")
     add("--device", help="cpu, cuda, cuda:1, mps (untested); default: a GPU where there is one")
 
@@ -392,8 +466,10 @@ def parse_args(arguments=None):
     others = process_rank()[0] > 0
     parser.set_defaults(quiet=others)  # only the first process prints
     args.quiet = args.quiet or others
+    args.seeds = list(dict.fromkeys(args.seed))
     if args.checkpoint:
-        fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", *MODEL_FLAGS}
+        fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", "seed", "select"}
+        fixed |= {"download", *MODEL_FLAGS}
         refuse(given, fixed, "--checkpoint goes on as the training began")
         args.output = args.checkpoint
         return args, given
@@ -402,6 +478,7 @@ def parse_args(arguments=None):
     changed = dict(option(word) for word in PRESETS[preset].split())
     parser.set_defaults(preset=preset, **changed)
     args = parser.parse_args(arguments)
+    args.seeds = list(dict.fromkeys(args.seed))
     check_flags(args, given)
     return args, given
 
@@ -412,6 +489,8 @@ def check_flags(args, given):
     used = {*layout.all_flags} | (set() if layout.target_flag else {"target"})
     unused = {"target"}.union(*(row.all_flags for row in LAYOUTS.values())) - used
     refuse(given, unused, f"is not used with --dataset {args.dataset}")
+    if args.download and not args.root:
+        raise UserError(f"--download {args.download}: needs --root, the folder to fetch it to")
     if args.model:
         refuse(given, MODEL_FLAGS, f"the model {args.model} has its own")
     taken = arguments_of(ARCHITECTURES[args.arch])
@@ -446,12 +525,14 @@ def choose_trainings(flags, given):
     """
     folder = Path(flags.output)
     if not flags.checkpoint:
-        return [(target, flags, None) for target in flags.target]
-    checkpoints = {path.stem: load(path) for path in sorted(folder.glob("*.chkpnt"))}
+        pairs = itertools.product(flags.seeds, flags.target)
+        return [(target, with_seed(flags, seed, folder), None) for seed, target in pairs]
+    paths = [*folder.glob("*.chkpnt"), *folder.glob("seed-*/*.chkpnt")]
+    checkpoints = {(path.parent, path.stem): load(path) for path in sorted(paths)}
     if not checkpoints:
         raise UserError(f"--checkpoint {folder}: holds no training (expected vocals.chkpnt there)")
     trainings = {}
-    for target, checkpoint in checkpoints.items():
+    for (place, target), checkpoint in checkpoints.items():
         try:
             record = checkpoint["record"]
             saved, epochs, stopped = record["args"], record["epochs_trained"], record["stopped"]
@@ -460,16 +541,38 @@ def choose_trainings(flags, given):
         except (AttributeError, KeyError, TypeError):
             whole = False
         if not whole:
-            raise UserError(f"{folder / target}.chkpnt: is no checkpoint of train.py; train anew")
+            raise UserError(f"{place / target}.chkpnt: is no checkpoint of train.py; train anew")
         changed = {name: getattr(flags, name) for name in NOT_SAVED | given}
         args = argparse.Namespace(**{**vars(flags), **saved, **changed})
         if epochs < args.epochs and not (stopped and args.patience == saved["patience"]):
-            trainings[target] = (target, args, checkpoint)
-        for other in set(saved["target"]) - checkpoints.keys():
-            trainings.setdefault(other, (other, args, None))
+            trainings[place, target] = (target, with_seed(args, args.seed, folder), checkpoint)
+        for seed, other in itertools.product(args.seeds, saved["target"]):
+            theirs = with_seed(args, seed, folder)
+            if (Path(theirs.output), other) not in checkpoints:
+                trainings.setdefault((Path(theirs.output), other), (other, theirs, None))
     if not trainings:
         say(flags, f"{folder}: all its trainings are finished; --epochs or --patience extends them")
     return list(trainings.values())
+
+
+def with_seed(args, seed, folder):
+    """The flags of one training; one of several seeds has a folder of its own, `folder`/seed-1."""
+    output = folder / f"seed-{seed}" if len(args.seeds) > 1 else folder
+    return argparse.Namespace(**{**vars(args), "seed": seed, "output": str(output)})
+
+
+def keep_best(folder, args):
+    """Copy the best of each target's trainings, one per seed, to the model folder itself."""
+    for target in args.target if process_rank()[0] == 0 else ():
+        scores = {path: load(path)["best_score"] for path in folder.glob(f"seed-*/{target}.json")}
+        best = min(scores, key=scores.get)
+        for path in (best.with_name("separator.json"), *sorted(best.parent.glob(f"{target}.*"))):
+            if path.suffix in (".json", ".pth", ".png"):
+                with atomic_write(folder / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+        record = load(best)
+        result = f"loss {record['best_loss']:.4g} in epoch {record['best_epoch']}"
+        say(args, f"{target}: of {len(scores)} trainings {best.parent.name} is the best: {result}")
 
 
 # ------------------------------------------------------------------------------ data to the network
@@ -621,15 +724,29 @@ def note_epoch(state, record, metrics, args):
     for name, value in metrics.items():
         record.setdefault(f"{name}_history", []).append(value)
     record.update(epochs_trained=epoch, num_bad_epochs=stopping.bad_epochs)
-    record.update(best_loss=stopping.best, best_epoch=stopping.best_epoch, stopped=stopping.stop)
-    shown = {**metrics, "best_loss": stopping.best}
+    best = record["valid_loss_history"][stopping.best_epoch - 1]
+    record.update(best_score=stopping.best, best_loss=best, best_epoch=stopping.best_epoch)
+    record["stopped"] = stopping.stop
+    shown = {**metrics, "best_loss": best}
     seconds = shown.pop("train_time")
-    numbers = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
+    names = [name.removesuffix("_loss").removeprefix("valid_") for name in shown]
+    numbers = [f"{name} {value:.4g}" for name, value in zip(names, shown.values())]
     line = f"{'  '.join(numbers)} (epoch {stopping.best_epoch})  {seconds:.1f} s"
     say(args, f"{record['target']} epoch {epoch}/{args.epochs}  {line}")
     if stopping.stop:
         reason = f"{stopping.bad_epochs} epochs without a lower validation loss"
         say(args, f"{record['target']}: stopped early, after {reason}")
+    nothing = to_minimize(record["nothing"], args) if "nothing" in record else math.inf
+    if epoch % math.ceil(args.epochs / 10) == 0 and stopping.best >= nothing:
+        causes = "is the target in the mixture, in time with it, and not silent? Else lower --lr"
+        print(
+            f"{record['target']}: no better than the mixture itself after {epoch} epochs: {causes}"
+        )
+
+
+def to_minimize(metrics, args):
+    """What epochs are compared by, as --select says: the lower, the better."""
+    return -metrics["valid_SDR"] if args.select == "sdr" else metrics["valid_loss"]
 
 
 def save_model(network, record, args, folder):
@@ -684,11 +801,10 @@ def restore(state, checkpoint, args, given):
             setattr(state["scheduler"], attribute, getattr(args, name))
 
 
-def prepare_folder(args):
+def prepare_folder(folder, args):
     """Make the model folder; earlier files of the same targets go to previous/<n>/, or away."""
     if process_rank()[0] > 0:
         return
-    folder = Path(args.output)
     settings = folder / "separator.json"
     data = [Path(args.root, split) for split in ("train", "valid", "test")] if args.root else []
     if args.root and folder.resolve() == Path(args.root).resolve():
@@ -728,22 +844,31 @@ def prepare_folder(args):
 
 def continuing(args):
     start = "python" if process_rank()[2] == 1 else "torchrun ..."
-    return f"{start} {shlex.quote(sys.argv[0])} --checkpoint {shlex.quote(str(args.output))}"
+    folder = Path(args.output).parent if len(args.seeds) > 1 else args.output
+    return f"{start} {shlex.quote(sys.argv[0])} --checkpoint {shlex.quote(str(folder))}"
 
 
-def finish(args):
+def finish(flags, args):
     """Say what to do with what was trained."""
     if process_rank()[2] > 1:
         dist.destroy_process_group()
     if process_rank()[0] > 0:
         return
-    model = f"--model {shlex.quote(str(args.output))}"
+    model = f"--model {shlex.quote(str(flags.output))}"
     following = f"python test.py SONG.wav {model}"
     data = "" if args.root is None else f" --root {shlex.quote(args.root)}"
     if args.root is None or Path(args.root, "test").is_dir():
         dataset = "" if args.dataset == "musdb" else f" --dataset {args.dataset}"
         following += f", or python eval.py{dataset}{data} {model}"
-    print(f"trained: {args.output}/. Next: {following}")
+    print(f"trained: {flags.output}/. Next: {following}")
+
+
+def fetch(flags):
+    """Answer --download: fetch a data set, whole or the rest of it; returns its folder."""
+    root = fetch_set(flags.download, flags.root)
+    wav = " --is-wav" * flags.download.endswith("hq")
+    print(f"{root}: is whole. Next: python train.py --root {shlex.quote(str(root))}{wav}")
+    return root
 
 
 # -------------------------------------------------------------------- processes, messages, pictures
@@ -780,12 +905,25 @@ def over_processes(network, device):
     return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
 
-def average(value):
-    """The mean of a scalar tensor over the processes, as a number."""
+def over_all(values):
+    """The sum of a tensor over the processes."""
     if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value.item()
+        dist.all_reduce(values)
+    return values
+
+
+def computed_once(function):
+    """`function` of one tensor, computed anew only for another one: a track's metrics share it."""
+    last = []
+
+    def call(x, *others, **named):
+        if others or named:
+            return function(x, *others, **named)
+        if not (last and x.shape == last[0].shape and torch.equal(x, last[0])):
+            last[:] = x, function(x)
+        return last[1].clone()
+
+    return call
 
 
 def check_finite(losses, name, args):
@@ -849,11 +987,18 @@ def plot_curves(record, path):
         for epoch, (before, after) in enumerate(itertools.pairwise(rates), start=2):
             if after < before:
                 axis.axvline(epoch, color="gray", linewidth=0.8, linestyle="--")
-        if all(value > 0 for name in histories if name.endswith(kind) for value in histories[name]):
+        if "nothing" in record:
+            nothing = record["nothing"].get(f"valid_{kind}", math.nan)
+            axis.axhline(nothing, color="gray", linestyle=":", label=f"the mixture: {nothing:.4g}")
+        if kind == "loss" and min(histories["train_loss"] + histories["valid_loss"]) > 0:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
-        axis.set(title=record["target"], xlabel="epoch (dashed: lower rate)", ylabel=kind)
+        axis.set(
+            title=record["target"],
+            xlabel="epoch (dashed: lower rate)",
+            ylabel=kind + " in dB" * (kind == "SDR"),
+        )
         axis.grid(which="both", color="0.92")
         axis.legend(frameon=False)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -22,6 +22,7 @@ import signal
 import stat
 import struct
 import sys
+import time
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def number(kind, low, high=math.inf):
 
 
 RESERVED = ("separator", "mixture")  # separator.json and the mixture on a page are files of ours
+MIRROR = "OPENUNMIX_MIRROR"  # environment: address of a folder to fetch weights and data from
 CONTROLS = {chr(code) for code in [*range(32), *range(127, 160)]}
 
 
@@ -385,38 +387,83 @@ def load(path, device="cpu"):
 def download(url, path, sha256_start="", by_hand=None):
     """Fetch `url` to `path` with a progress bar; only a whole file with this SHA-256 gets its name.
 
+    What breaks off goes on where it stopped, at once, and after an interruption or a kill when it
+    is asked for again. Where the environment names a MIRROR, the file is looked for there.
     Raises UserError that says which address failed, and where a file fetched by hand belongs.
     """
-    by_hand = by_hand or f"fetch it by hand and put it at {path}"
-    progress = {"unit": "B", "unit_scale": True, "desc": Path(path).name}
-    with atomic_write(path) as temporary, tqdm(**progress) as bar:
-
-        def show(blocks, size, total):
-            bar.total = total
-            bar.update(min(blocks * size, total) - bar.n)
-
-        try:
-            urllib.request.urlretrieve(url, temporary, show)
-        except (OSError, http.client.HTTPException) as error:  # also for a part of a file
-            reason = getattr(error, "reason", None) or error
-            raise UserError(f"{url}: {reason}; try again, or {by_hand}") from error
-        with open(temporary, "rb") as file:
-            digest = hashlib.sha256()
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-        if not digest.hexdigest().startswith(sha256_start):
+    path, by_hand = Path(path), by_hand or f"fetch it by hand and put it at {path}"
+    if os.environ.get(MIRROR):
+        url = f"{os.environ[MIRROR].rstrip('/')}/{url.rpartition('/')[2]}"
+    part = hidden(path, "part")
+    progress = {"unit": "B", "unit_scale": True, "desc": path.name}
+    with only_writer(path, "a download"), tqdm(**progress) as bar:
+        began = reached = part.stat().st_size if part.exists() else 0
+        in_vain = 0  # attempts that brought nothing, in turn
+        while True:
+            try:
+                fetch_rest(url, part, bar)
+                break
+            except (OSError, http.client.HTTPException) as error:
+                code = getattr(error, "code", None)
+                if code == 416 and reached:  # there is nothing beyond what is here
+                    break
+                reason = getattr(error, "reason", None) or error
+                here = part.stat().st_size if part.exists() else 0
+                in_vain, reached = 0 if here > reached else in_vain + 1, max(here, reached)
+                busy = code in (429, 503)
+                if in_vain > 5 or (code and not busy) or (reached == began and not busy):
+                    kept = f" ({reached >> 20} MB are kept)" if reached else ""
+                    raise UserError(f"{url}: {reason}{kept}; try again, or {by_hand}") from error
+                wait = error.headers.get("Retry-After", "") if busy else ""
+                wait = min(int(wait), 3600) if wait.isdecimal() else 2**in_vain - 1
+                bar.set_postfix_str(f"{reason}: going on in {wait} s" if wait else "")
+                time.sleep(wait)
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(sha256_start):
+            part.unlink()
             raise UserError(f"{url}: failed the check of its SHA-256; try again, or {by_hand}")
+        os.replace(part, path)
+
+
+def fetch_rest(url, part, bar):
+    """Fetch what lacks of a file in one request, or all where the server can't do that."""
+    here = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={here}-"} if here else {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if not answer.headers.get("Content-Range", "").startswith(f"bytes {here}-"):
+            here = 0
+        length = answer.headers.get("Content-Length", "")
+        bar.total = here + int(length) if length.isdecimal() else None
+        bar.update(here - bar.n)
+        try:
+            with open(part, "ab" if here else "wb") as file:
+                while block := read_some(answer):
+                    file.write(block)
+                    bar.update(len(block))
+        except OSError as error:
+            raise unwritable(part, error) from error
+    if bar.total and bar.n < bar.total:
+        raise http.client.HTTPException(f"broke off, {bar.total - bar.n} of {bar.total} bytes lack")
+
+
+def read_some(answer):
+    """A block of what a server sends; a connection that breaks is no mistake of the disk."""
+    try:
+        return answer.read(1 << 18)
+    except OSError as error:
+        raise http.client.HTTPException(f"the connection broke ({error})") from error
 
 
 @contextlib.contextmanager
 def patched(owner, name, value):
     """Give `owner.name` another value for a while."""
-    kept = getattr(owner, name)
+    own, kept = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, kept)
+        setattr(owner, name, kept) if own else delattr(owner, name)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Layouts, mixing, splits, download, decoding, synthesis: by equality, also with openunmix, musdb."""
 
 import contextlib
+import hashlib
 import http.server
 import inspect
 import io
@@ -24,6 +25,7 @@ import torch
 from conftest import EXCERPT, FOLDER, write_song
 
 import data
+import train
 from data import AudioFile, RandomMixes, WholeTracks, index_dataset, index_musdb, read_as
 from utils import SOURCES, UserError, patched, report, resample
 
@@ -987,7 +989,7 @@ def test_sample_whole(sample_zip, tmp_path, monkeypatch):
 def broken_samples(whole):
     half = len(whole) // 2
     for end in (0, 1, half, len(whole) - 1):
-        yield (whole[:end], len(whole)), "got only"
+        yield (whole[:end], len(whole)), "broke off"
         yield (whole[:end], end), "could not be unpacked"
         yield (whole[:end], None), "could not be unpacked"
     yield (whole[:half], None, 200, True), "IncompleteRead"
@@ -998,39 +1000,70 @@ def broken_samples(whole):
     yield (b"", 0, 500), "Internal Server Error"
     for name in ("../evil.txt", "/tmp/evil.txt", "data/train/A.stem.mp4"):
         content = zipped({name: b"x" * 1000})
-        yield (content, len(content)), "holds no train/*.stem.mp4"
+        yield (content, len(content)), "holds no train/"
 
 
-def test_sample_broken(sample_zip, tmp_path):
-    """Broken off, truncated, no zip, HTTP errors, hostile paths: nothing stays; a rerun starts again."""
+def test_sample_broken(sample_zip, tmp_path, monkeypatch):
+    """Broken off, truncated, no zip, HTTP errors, hostile paths: nothing stays but a good beginning."""
+    monkeypatch.setattr(data.utils.time, "sleep", lambda seconds: None)
     folder = tmp_path / "home" / "MUSDB18-7"
+    part = folder.with_name("..MUSDB18-7.zip.part")
     for answer, message in broken_samples(sample_zip):
         with serve(*answer) as url, pytest.raises(UserError) as caught:
-            data.download_sample(url, folder)
+            data.fetch_archive(url, folder)
         assert message in str(caught.value) and url in str(caught.value)
         assert f"unpack it to {folder}" in str(caught.value)
+        part.unlink(missing_ok=True)
         assert [path for path in tmp_path.rglob("*") if path != folder.parent] == [], message
     assert not Path("/tmp/evil.txt").exists()
     with serve(sample_zip, len(sample_zip)) as url:
-        data.download_sample(url, folder)
+        data.fetch_archive(url, folder)
     assert len(tree(tmp_path)) == 3
 
 
 def test_sample_killed(sample_zip, tmp_path):
-    """What is left of a download that was killed is not taken for whole, and cleared away."""
+    """What is left of a download that was killed is not taken for whole."""
     folder = tmp_path / "MUSDB18-7"
     with serve(sample_zip, len(sample_zip), pause=0.2) as url:
-        code = f"import data, pathlib; data.download_sample({url!r}, pathlib.Path({str(folder)!r}))"
+        code = f"import data, pathlib; data.fetch_archive({url!r}, pathlib.Path({str(folder)!r}))"
         process = start_python(code)
         while process.poll() is None and not any(
-            path.stat().st_size for path in tmp_path.rglob(".*.zip*") if path.is_file()
+            path.stat().st_size for path in tmp_path.rglob(".*.part") if path.is_file()
         ):
             time.sleep(0.01)
         kill(process)
     assert not folder.exists() and list(tmp_path.iterdir())
     with serve(sample_zip, len(sample_zip)) as url:
-        data.download_sample(url, folder)
+        data.fetch_archive(url, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["MUSDB18-7"] and len(tree(tmp_path)) == 3
+
+
+def test_fetch_set(sample_zip, tmp_path, monkeypatch, capsys):
+    """--download: says size and licence first, refuses what is there and full disks, resumes, ends."""
+    root, archive = tmp_path / "sets" / "MUSDB18", tmp_path / "sets" / "..MUSDB18.zip.part"
+    sha256 = hashlib.sha256(sample_zip).hexdigest()
+    with serve(sample_zip, len(sample_zip)) as url:
+        gigabytes = len(sample_zip) / 1e9
+        monkeypatch.setitem(data.SETS, "musdb18hq", (url, gigabytes, gigabytes, sha256))
+        root.mkdir(parents=True)
+        (root / "mine.wav").touch()
+        with pytest.raises(UserError, match="MUSDB18: holds something else; name an empty"):
+            data.fetch_set("musdb18hq", root)
+        (root / "mine.wav").unlink()
+        full = shutil.disk_usage(tmp_path)._replace(free=0)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="0 GB are free there"):
+            patch.setattr(shutil, "disk_usage", lambda path: full)
+            data.fetch_set("musdb18hq", root)
+        capsys.readouterr()
+        archive.write_bytes(b"the beginning of another day")  # the server can't go on from there
+        assert train.main(["--download", "musdb18hq", "--root", str(root)]) == root
+        printed = capsys.readouterr().out
+        assert "GB to fetch" in printed and "for research and education" in printed
+        assert f"Next: python train.py --root {root} --is-wav" in printed
+    assert [path.name for path in root.parent.iterdir()] == ["MUSDB18"] and len(tree(root)) == 3
+    assert data.fetch_set("musdb18hq", root) == root  # the server is gone: nothing is asked for
+    with pytest.raises(UserError, match="--download musdb18: needs --root"):
+        train.main(["--download", "musdb18"])
 
 
 @pytest.mark.parametrize("problem", ["refused", "not found", "unknown host"])

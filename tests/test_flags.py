@@ -117,6 +117,7 @@ ROWS = {
         # data
         (TRAIN, "--dataset trackfolder_fix", says("3 training tracks, 2 validation tracks"), True),  # of train/, valid/
         (TRAIN, "--root more", says("5 training tracks, 1 validation tracks"), True),
+        (TRAIN, "--download musdb18", says("data: is whole"), True),
         (f"{TRAIN} --root both", "--is-wav", code, 0),  # its stem file cannot be decoded
         (f"{TRAIN} --root undecoded", "--cache decoded", code, 0),
         (TRAIN, "--target drums", exists("open-unmix/drums.pth"), True),
@@ -132,6 +133,7 @@ ROWS = {
         (ALIGNED, "--output-file bass.wav", exists("open-unmix/bass.pth"), True),
         (TRAIN, "--seq-dur 0.5", lambda seen: seen.batches[0], (2, 2, 4000)),
         (TRAIN, "--samples-per-track 10", lambda seen: seen.steps, 10),  # two tracks in batches of two
+        (TRAIN, "--samples-per-epoch 6", lambda seen: seen.steps, 3),
         (TRAIN, "--source-augmentations", example, DIFFERENT),
         (TRAIN, "--nb-workers 1", lambda seen: seen.workers, 1),
         # model
@@ -156,6 +158,7 @@ ROWS = {
         (SMALL, "--lr-decay-patience 1", rates, pytest.approx([0.001] * 3 + [0.0003] * 2)),
         (f"{SMALL} --lr-decay-patience 1", "--lr-decay-gamma 0.5", rates, pytest.approx([0.001] * 3 + [0.0005] * 2)),
         (TRAIN, "--seed 1", weights, DIFFERENT),
+        (SMALL, "--select sdr", lambda seen: record(seen)["best_epoch"], 5),
         (TRAIN, "--amp", *((weights, DIFFERENT) if BFLOAT16 else LEFT_OUT)),
         (TRAIN, "--device nosuch", says("no such device"), True),
         # output
@@ -280,7 +283,7 @@ def call(material, tmp_path_factory):
                 (folder / path.name).symlink_to(path)
         epoch, loss = mock.Mock(wraps=train.train), mock.Mock(wraps=train.compute_loss)
         pool, wiener = mock.Mock(wraps=InThisProcess), mock.Mock(wraps=norbert.wiener)
-        rising = ({"valid_loss": float(loss)} for loss in itertools.count())
+        rising = ({"valid_loss": float(n), "valid_SDR": float(n)} for n in itertools.count())
         code, printed, complaint = 0, io.StringIO(), io.StringIO()
         seen = SimpleNamespace(folder=folder, method="mixture/" * ("--method mixture" in command))
 
@@ -298,6 +301,7 @@ def call(material, tmp_path_factory):
             if "--dry-run" not in command:  # losses that only rise, to see what patience does
                 patch.setattr(train, "validate", lambda *_: next(rising))
             patch.setattr(train, "plot_curves", lambda *_: None)  # would take most of the time
+            patch.setattr(train, "try_nothing", lambda *_: None)
             patch.setattr(norbert, "wiener", wiener)
             patch.setattr(evaluation, "ProcessPoolExecutor", pool)
             patch.setattr(evaluation, "DELAYS", 16)  # 512 would take a second for each track

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import FOLDER, make_model, run_script, write_song
+from conftest import FOLDER, make_model, run_script, sdr, write_song
 
 import train
 import utils
-from model import ConvUnmix, OpenUnmix, load_separator
+from model import ConvUnmix, OpenUnmix, load_separator, stft
 from utils import UserError, load
 
 SIZES = "--nfft 256 --nhop 64 --hidden-size 16"
@@ -676,6 +676,7 @@ def test_early_stopping_and_plateau(patience, call, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *_: 1.0)
     monkeypatch.setattr(train, "validate", lambda *_: {"valid_loss": float(next(remaining))})
     monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(train, "try_nothing", lambda *_: None)
     remaining = iter(losses)
     flags = ["--patience", patience, "--lr-decay-patience", 1, "--lr-decay-gamma", 0.5]
     assert call(*flags, "--epochs", 3)[0] == 0
@@ -692,6 +693,7 @@ def test_early_stopping_and_plateau(patience, call, monkeypatch):
 def test_negative_losses_lower_the_rate(call, monkeypatch):
     """A relative threshold would never be passed by them."""
     losses = iter([-1.0, -2.0, -2.0, -2.0, -3.0])
+    monkeypatch.setattr(train, "try_nothing", lambda *_: None)
     monkeypatch.setattr(train, "train", lambda *_: -1.0)
     monkeypatch.setattr(train, "validate", lambda *_: {"valid_loss": next(losses)})
     assert call("--epochs", 5, "--lr-decay-patience", 1, "--lr-decay-gamma", 0.5)[0] == 0
@@ -872,11 +874,150 @@ def test_amp_without_bfloat16(root, tmp_path):
     assert equal(checkpoint(tmp_path / "wanted")["state"], checkpoint(tmp_path / "plain")["state"])
 
 
+def test_sdr_is_that_of_the_stems(call, root):
+    """An epoch's SDR is that of what separates with the model, with the mixture's phase."""
+    call("--epochs", 2)
+    separator = load_separator("open-unmix", niter=0)
+    sdrs = []
+    for n in (0, 7):  # those for validation
+        mixture, vocals = (
+            soundfile.read(root / f"train/Song {n}/{name}.wav")[0].T
+            for name in ("mixture", "vocals")
+        )
+        estimate = separator(torch.from_numpy(mixture).float()[None])[0, 0].detach()
+        sdrs.append(sdr(vocals, estimate))
+    best = record()["best_epoch"] - 1
+    assert record()["valid_SDR_history"][best] == pytest.approx(np.mean(sdrs), abs=1e-3)
+
+
+def test_what_is_to_beat(call, root):
+    """Before the first epoch a line says what the mixture as estimate gives, and silence."""
+    printed = call("--epochs", 1)[1]
+    nothing = record()["nothing"]
+    songs = [
+        [soundfile.read(root / f"train/Song {n}/{name}.wav")[0].T for name in ("mixture", "vocals")]
+        for n in (0, 7)
+    ]
+    assert nothing["valid_SDR"] == pytest.approx(np.mean([sdr(y, x) for x, y in songs]), abs=1e-3)
+    X, Y = (
+        torch.cat([stft(torch.from_numpy(song[k]).float(), 256, 64).abs() for song in songs], -1)
+        for k in (0, 1)
+    )
+    assert nothing["valid_loss"] == pytest.approx(torch.mean((X - Y) ** 2).item(), rel=1e-3)
+    silence = torch.mean(Y**2).item()
+    line = next(line for line in printed.splitlines() if "to beat" in line)
+    assert f"loss {nothing['valid_loss']:.4g}, SDR {nothing['valid_SDR']:.2f} dB" in line
+    assert f"loss {silence:.4g}, SDR 0 dB (silence)" in line
+    assert "  SDR " in printed and not any("no better" in line for line in printed.splitlines())
+
+
+def test_no_better_than_nothing(call, monkeypatch):
+    """A training that learns nothing in a tenth of its epochs says so, also with --quiet."""
+    result = {"valid_loss": 5.0, "valid_SDR": -9.0}
+    monkeypatch.setattr(train, "validate", lambda *_: dict(result))
+    monkeypatch.setattr(
+        train, "try_nothing", lambda _, __, record, *___: record.update(nothing=result)
+    )
+    code, printed, _ = call("--epochs", 20, "--quiet")
+    assert code == 0 and printed.count("no better than the mixture itself after") == 10
+    assert "after 2 epochs: is the target in the mixture" in printed
+
+
+def test_metrics_share_one_pass(call, monkeypatch):
+    """The network runs once for each validation track, however many metrics there are."""
+    runs = []
+    forward = OpenUnmix.forward
+    monkeypatch.setattr(
+        OpenUnmix, "forward", lambda self, x: runs.append(self.training) or forward(self, x)
+    )
+    monkeypatch.setitem(train.METRICS, "mse", train.compute_loss)
+    call("--epochs", 1)
+    found = record()
+    assert found["valid_mse_history"] == found["valid_loss_history"]
+    rehearsal = 5  # the network, what was loaded, and twice when its stages are tried
+    assert runs.count(False) <= 2 + rehearsal
+
+
+def test_metric_that_is_not_defined(call, root, tmp_path):
+    """A silent target has no SDR: it counts for the loss only."""
+    data = tmp_path / "data"
+    for n in range(8):
+        write_song(data / "train" / f"Song {n}", seconds=1, rate=8000, seed=n)
+    silent = data / "train" / "Song 7" / "vocals.wav"
+    soundfile.write(silent, np.zeros_like(soundfile.read(silent)[0]), 8000)
+    train.main(["--root", str(data), *SMALL, "--epochs", "1"])
+    found = record()
+    assert all(map(math.isfinite, (*found["valid_SDR_history"], *found["valid_loss_history"])))
+
+
+def test_select(call, monkeypatch):
+    """--select sdr: the best epoch, and what lowers the rate, is that of the highest SDR."""
+    results = [(1.0, 1.0), (2.0, 3.0), (0.5, 2.0)]
+    for select, best in (("loss", 3), ("sdr", 2)):
+        numbers = iter([(9.0, -9.0), *results])
+        monkeypatch.setattr(
+            train, "validate", lambda *_: dict(zip(("valid_loss", "valid_SDR"), next(numbers)))
+        )
+        call("--epochs", 3, "--select", select, "--output", select)
+        found = record(select)
+        assert (found["best_epoch"], found["best_loss"]) == (best, results[best - 1][0])
+    code, _, complaint = call("--checkpoint", "sdr", "--select", "loss")
+    assert code == 2 and "--select: --checkpoint goes on as the training began" in complaint
+
+
+def test_several_seeds(call):
+    """Each in a folder of its own, as it would be alone; the best is copied to the model folder."""
+    code, printed, _ = call("--epochs", 2, "--seed", 3, 1, "--target", "vocals", "drums")
+    assert code == 0
+    for seed in (1, 3):
+        call("--epochs", 2, "--seed", seed, "--output", f"alone-{seed}")
+        assert equal(
+            checkpoint(f"open-unmix/seed-{seed}")["state"], checkpoint(f"alone-{seed}")["state"]
+        )
+    for target in ("vocals", "drums"):
+        losses = {seed: record(f"open-unmix/seed-{seed}", target)["best_loss"] for seed in (1, 3)}
+        best = min(losses, key=losses.get)
+        assert (
+            f"{target}: of 2 trainings seed-{best} is the best: loss {losses[best]:.4g}" in printed
+        )
+        assert record("open-unmix", target) == record(f"open-unmix/seed-{best}", target)
+    separator = load_separator("open-unmix")
+    assert separator.targets == ["vocals", "drums"]
+
+
+def test_several_seeds_go_on(call):
+    """--checkpoint continues what was interrupted, begins what was not begun, and picks the best."""
+    flags = ("--epochs", 2, "--seed", 3, 1)
+    call(*flags, "--output", "whole")
+    call(*flags, "--output", "cut")
+    for path in Path("cut").glob("vocals.*"):
+        path.unlink()
+    for path in Path("cut/seed-1").iterdir():
+        path.unlink()
+    state = torch.load("cut/seed-3/vocals.chkpnt", weights_only=True)
+    code, printed, complaint = call("--checkpoint", "cut")
+    assert code == 0, complaint
+    assert equal(checkpoint("cut/seed-1"), checkpoint("whole/seed-1"))
+    assert equal(state, checkpoint("cut/seed-3"))
+    assert record("cut")["args"]["seed"] == record("whole")["args"]["seed"]
+    code, printed, _ = call("--checkpoint", "cut")
+    assert code == 0 and "all its trainings are finished" in printed
+
+
+def test_samples_per_epoch(call):
+    """The tutorial's budget is work, not tracks: as many steps whatever the number of tracks."""
+    call("--epochs", 1, "--samples-per-epoch", 12)
+    optimizer = checkpoint("open-unmix")["state"]["optimizer"]
+    assert {state["step"].item() for state in optimizer["state"].values()} == {3}
+
+
 def test_presets():
     """The defaults are the published recipe; without --root a small one; flags by hand win."""
     recipe = dict(epochs=1000, patience=140, batch_size=16, seq_dur=6.0, samples_per_track=64)
     recipe |= dict(lr=1e-3, weight_decay=1e-5, lr_decay_patience=80, lr_decay_gamma=0.3)
-    recipe |= dict(hidden_size=512, bandwidth=16000, nfft=4096, nhop=1024, nb_channels=2, seed=42)
+    recipe |= dict(
+        hidden_size=512, bandwidth=16000, nfft=4096, nhop=1024, nb_channels=2, seeds=[42]
+    )
     recipe |= dict(source_augmentations=["gain", "channelswap"], mask="sigmoid", arch="blstm")
     for arguments in (["--root", "x"], ["--preset", "umx"]):
         args = train.parse_args(arguments)[0]
@@ -897,7 +1038,8 @@ def test_dry_run(call, monkeypatch):
     watch = lambda x, *args: seen.append(len(x)) or real(x, *args)  # noqa: E731
     monkeypatch.setattr(train, "magnitudes", watch)
     assert call("--dry-run", "--epochs", 7)[0] == 0
-    assert seen == [1, 1, 4, 4, 1, 1]  # statistics, rehearsal, batch, validation
+    # statistics, rehearsal, the mixture as estimate, silence, batch, validation
+    assert seen == [1, 1, *[1, 1] * 2, 4, 4, 1, 1]
     assert record()["epochs_trained"] == 1 and Path("open-unmix/vocals.pth").exists()
     assert "vocals epoch 7/7" in call("--checkpoint", "open-unmix")[1]  # was one run's, not its
 
@@ -924,7 +1066,8 @@ def test_record_and_lines(call):
     for number, line in enumerate(lines):
         train_loss, valid_loss, lr = (found[name][number] for name in HISTORIES)
         expected = f"vocals epoch {number + 1}/3  train {train_loss:.4g}  valid {valid_loss:.4g}  "
-        assert line.startswith(f"{expected}lr {lr:.4g}  best "), line
+        expected += f"SDR {found['valid_SDR_history'][number]:.4g}  lr {lr:.4g}  best "
+        assert line.startswith(expected), line
     assert len(lines) == 3 and code == 0
     assert "6 training tracks, 2 validation tracks, 8000 Hz" in printed
     assert found["epochs_trained"] == 3 and found["best_loss"] == min(found["valid_loss_history"])

@@ -316,48 +316,114 @@ def test_what_may_be_written(tmp_path):
 CONTENT = np.random.default_rng(0).bytes(200_000)
 
 
-@pytest.fixture(scope="module")
-def server():
+@pytest.fixture
+def server(monkeypatch):
+    """Serves CONTENT; the address says how: the words of its path are what is wrong with it."""
+    waits, asked = [], []
+    monkeypatch.setattr(utils.time, "sleep", waits.append)
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path == "/missing":
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(CONTENT)))
+            kind, begin = self.path.split("/")[1], 0
+            asked.append(self.headers.get("Range"))
+            if kind.isdecimal() and (int(kind) not in (429, 503) or len(asked) < 3):
+                self.send_response(int(kind))
+                self.send_header("Retry-After", "7")
+                return self.end_headers()
+            if asked[-1] and "no-range" not in kind:
+                begin = int(asked[-1].removeprefix("bytes=").removesuffix("-"))
+                if begin >= len(CONTENT):
+                    return self.send_error(416)
+                self.send_response(206)
+                self.send_header(
+                    "Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}"
+                )
+            else:
+                self.send_response(200)
+            content = CONTENT[begin:]
+            if "no-length" not in kind:
+                claimed = len(content) + 1000 * ("longer" in kind) - 1000 * ("shorter" in kind)
+                self.send_header("Content-Length", str(claimed))
             self.end_headers()
-            self.wfile.write(CONTENT[:70_000] if self.path == "/truncated" else CONTENT)
+            if "breaks" in kind or ("once" in kind and len(asked) == 1):
+                content = content[:70_000]
+            self.wfile.write(content)
 
         def log_message(self, *args):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.waits, server.asked = waits, asked
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
     server.shutdown()
     server.server_close()
 
 
-def test_download(server, tmp_path, capsys):
-    path = tmp_path / "folder" / "file.bin"
-    download(f"{server}/file", path, hashlib.sha256(CONTENT).hexdigest()[:8])
-    assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ["file.bin"]
-    assert "file.bin: 100%" in capsys.readouterr().err
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.mark.parametrize(
-    "address,start,message",
+    "kind,asked,waits",
     [
-        ("/missing", "", "File not found|Not Found"),
-        ("/truncated", "", "got only 70000 out of 200000 bytes"),
-        ("/file", "00000000", "failed the check of its SHA-256"),
+        ("good", [None], []),
+        ("no-length", [None], []),
+        ("breaks", [None, "bytes=70000-", "bytes=140000-"], [0, 0]),
+        ("once-no-range", [None, "bytes=70000-"], [0]),  # begins anew
+        ("longer", [None, "bytes=200000-"], [0]),  # nothing is there beyond its end
+        ("429", [None, None, None], [7, 7]),  # waits as told
+        ("503", [None, None, None], [7, 7]),
     ],
 )
-def test_failed_downloads_leave_nothing(server, tmp_path, address, start, message):
+def test_download(server, tmp_path, capsys, kind, asked, waits):
+    path = tmp_path / "folder" / "file.bin"
+    download(f"{server.url}/{kind}/file", path, SHA256[:8])
+    assert path.read_bytes() == CONTENT and os.listdir(path.parent) == ["file.bin"]
+    assert server.asked == asked and server.waits == waits
+    if kind == "good":
+        assert "file.bin: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind,start,message,kept",
+    [
+        ("404", "", "Not Found", 0),
+        ("403", "", "Forbidden", 0),
+        ("breaks-no-range", "", "broke off, 130000 of 200000 bytes lack", 70_000),
+        ("good", "00000000", "failed the check of its SHA-256", 0),
+        ("shorter", SHA256[:8], "failed the check of its SHA-256", 0),
+    ],
+)
+def test_failed_downloads(server, tmp_path, kind, start, message, kept):
+    """Nothing gets the file's name; what may be gone on with is kept."""
     with pytest.raises(UserError, match=message) as caught:
-        download(server + address, tmp_path / "file.bin", start)
-    assert server + address in str(caught.value)
+        download(f"{server.url}/{kind}/file", tmp_path / "file.bin", start)
+    assert f"{server.url}/{kind}/file" in str(caught.value)
     assert str(tmp_path / "file.bin") in str(caught.value)
-    assert not os.listdir(tmp_path)
+    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] == [
+        (".file.bin.part", kept)
+    ] * bool(kept)
+
+
+def test_download_of_another_day(server, tmp_path):
+    """After a kill, what is there is not fetched again; if it is of another file, that is noticed."""
+    path = tmp_path / "file.bin"
+    (tmp_path / ".file.bin.part").write_bytes(CONTENT[:150_000])
+    download(f"{server.url}/good/file", path, SHA256)
+    assert path.read_bytes() == CONTENT and server.asked == ["bytes=150000-"]
+    path.unlink()
+    (tmp_path / ".file.bin.part").write_bytes(b"other" * 1000)
+    with pytest.raises(UserError, match="SHA-256; try again"):
+        download(f"{server.url}/good/file", path, SHA256)
+    download(f"{server.url}/good/file", path, SHA256)
+    assert path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_download_from_a_mirror(server, tmp_path, monkeypatch):
+    monkeypatch.setenv(utils.MIRROR, f"{server.url}/good/")
+    download("https://zenodo.org/records/1/files/file", tmp_path / "file.bin", SHA256)
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
 def test_no_network_is_noticed_at_once(tmp_path):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import SOURCES, UserError, check_name, download, load, select_device, use_amp
+from utils import SOURCES, UserError, check_name, download, load, precise, select_device, use_amp
 
 # ------------------------------------------------------------------------------------------ STFT
 
@@ -242,6 +242,9 @@ def wiener(magnitudes, mixture, niter=1):
     From: Duong, Vincent, Gribonval, "Under-determined reverberant audio source separation using a
     full-rank spatial covariance model", IEEE TASLP 18(7), 2010; Uhlich et al., ICASSP 2017.
     """
+    device = precise(mixture.device)
+    if device != mixture.device:
+        return wiener(magnitudes.to(device), mixture.to(device), niter).to(mixture.device)
     level = mixture.abs().amax((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     gradients = magnitudes.requires_grad or mixture.requires_grad
     if niter and mixture.device.type == "cpu" and not (torch.is_grad_enabled() and gradients):
@@ -295,9 +298,10 @@ def norbert_wiener(magnitudes, mixture, niter=1):
     import norbert
 
     Y = []
-    for V, X in zip(magnitudes, mixture):  # its axes are (T, F, C, J); it scales its input in place
+    # its axes are (T, F, C, J); it scales its input in place
+    for V, X in zip(magnitudes.cpu(), mixture.cpu()):
         v, x = V.permute(3, 2, 1, 0).double(), X.permute(2, 1, 0).to(torch.complex128, copy=True)
-        y = norbert.wiener(v.cpu().numpy(), x.cpu().numpy(), niter, use_softmask=False, eps=EPS)
+        y = norbert.wiener(v.numpy(), x.numpy(), niter, use_softmask=False, eps=EPS)
         Y.append(torch.from_numpy(y).permute(3, 2, 1, 0))  # (J, C, F, T)
     return torch.stack(Y).to(mixture)
 

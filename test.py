@@ -50,9 +50,10 @@ def separate(separator, mixture, stems, sums, quiet=False):
     left, seconds = mixture.length, round(mixture.length / mixture.rate, 1)
     name = printable(Path(mixture.audio.path).name)
     with tqdm(total=seconds, desc=name, disable=quiet, bar_format=BAR) as bar:
-        estimates = separator.stream(Input(mixture, separator.sample_rate, bar))
+        blocks = separator.stream(Input(mixture, separator.sample_rate, bar))
+        estimates = (block.float().cpu() for block in blocks)  # a GPU would resample in TF32
         for block in resample_blocks(estimates, separator.sample_rate, mixture.rate):
-            block = block[..., :left].float().cpu()  # (J, C, n)
+            block = block[..., :left]  # (J, C, n)
             left -= block.shape[-1]
             if not block.isfinite().all():
                 broken = "the model makes NaN or infinite samples of it: use another"

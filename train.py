@@ -42,8 +42,8 @@ from data import most_common_rate
 from model import ARCHITECTURES, MASKS, arguments_of, istft, load_separator, magnitude
 from model import make_network, stft
 from utils import Parser, UserError, atomic_write, check_name, check_output, code_fingerprint
-from utils import figure, load, number, only_writer, patched, process_rank, run, save, save_figure
-from utils import select_device, use_amp
+from utils import figure, load, number, only_writer, patched, precise, process_rank, run, save
+from utils import save_figure, select_device, use_amp
 
 # ------------------------------------------------------------------------- what one changes: a loss
 
@@ -79,7 +79,8 @@ def train(network, state, loader, args, device, name):
         if len(losses) % 10 == 0:  # to look at a loss is to wait for the GPU
             check_finite(losses, name, args)
     check_finite(losses, name, args)
-    return over_all(torch.stack(losses).double().mean()).item() / process_rank()[2]
+    losses = torch.stack(losses).to(precise(device)).double()
+    return over_all(losses.mean()).item() / process_rank()[2]
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def main(arguments=None):
         if not flags.checkpoint and target == args.target[0]:
             for folder in dict.fromkeys([flags.output, args.output]):
                 prepare_folder(Path(folder), args)
-        with only_training(target, args):
+        with only_training(target, args), tf32(device):
             state = make_state(network.to(device), args)
             if checkpoint:
                 restore(state, checkpoint, args, given)
@@ -879,20 +880,35 @@ def set_up(args):
     device, world = select_device(args.device), process_rank()[2]
     args.amp = use_amp(args.amp, device)
     name, precision = f"{torch.get_num_threads()} threads", "float32"
+    backend, own = "gloo", "; batch norms are each process's own on CPUs"
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a deterministic LSTM
+        torch.backends.cudnn.deterministic = True  # convolutions, too
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
         name, precision = torch.cuda.get_device_name(device), "float32 with TF32 products"
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # nccl does not let processes share a card
+        backend, own = "gloo" if local > torch.cuda.device_count() else "nccl", ""
+    elif device.type != "cpu" and world > 1:
+        raise UserError(f"--device {device}: several processes can't share it; start train.py once")
     say(args, f"{device} ({name}), {'bfloat16' if args.amp else precision}")
     if world > 1:  # the first process may have to decode a whole dataset while the others wait
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
-        own = "" if device.type == "cuda" else "; batch norms are each process's own on CPUs"
         say(args, f"{world} processes{own}")
     if not args.checkpoint:
         say(args, f"preset {args.preset}: {PRESETS[args.preset] or 'the published recipe'}")
     return device
+
+
+@contextlib.contextmanager
+def tf32(device):
+    """Let a GPU multiply float32 matrices as TF32 while it trains, not in a later separation."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def over_processes(network, device):

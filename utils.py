@@ -213,18 +213,30 @@ def select_device(name=None):
     A CUDA device always has its index. Raises UserError for a device that this machine has not.
     """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+    counts = {found.type: torch.accelerator.device_count()} if found else {}  # mps, xpu
+    counts |= {"cpu": math.inf, "cuda": cards}
     try:
         device = torch.device(name or ("cuda" if cards else "cpu"))
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", accelerator.type):
-        raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:1")
+    if device.type not in counts:
+        known = ", ".join(kind for kind, count in counts.items() if count)
+        raise UserError(f"--device {name}: no such device; this machine has {known}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", process_rank()[1] % max(cards, 1))
-    if device.type == "cuda" and device.index >= cards:
-        raise UserError(f"--device {name}: PyTorch sees {cards} GPUs here; leave it out or use cpu")
+    if (device.index or 0) >= counts[device.type]:
+        sees = f"PyTorch sees {counts[device.type]} GPUs here"
+        raise UserError(f"--device {name}: {sees}; leave it out or use cpu")
     return device
+
+
+NO_DOUBLES = {"mps"}  # types of device without double precision and products of complex matrices
+
+
+def precise(device):
+    """Where to compute what needs double precision or complex matrices: `device`, or the CPU."""
+    return torch.device("cpu") if device.type in NO_DOUBLES else device
 
 
 def use_amp(wanted, device):

@@ -1,5 +1,6 @@
 """train.py: exact resume, several processes, what is kept and said; tiny songs, small networks."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -1171,6 +1172,65 @@ def test_tensorboard_missing(call, monkeypatch):
     code, _, complaint = call("--tensorboard")
     remedy = "--tensorboard: needs the package tensorboard (pip install tensorboard)"
     assert code == 2 and f"error: {remedy}" in complaint
+
+
+@pytest.fixture()
+def machine(monkeypatch):
+    """Plays a machine with GPUs; returns what was set: the process's device, a backend."""
+    done = []
+
+    def play(cards, kind="cuda", **environment):
+        done.clear()
+        monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+        for owner in (torch.cuda, torch.accelerator):
+            monkeypatch.setattr(owner, "device_count", lambda: cards)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+        monkeypatch.setattr(torch.cuda, "set_device", done.append)
+        monkeypatch.setattr(train.dist, "init_process_group", lambda name, **_: done.append(name))
+        return done
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    return play
+
+
+@pytest.mark.parametrize(
+    ("cards", "rank", "world", "expected"),
+    [
+        (1, 0, 1, ["cuda:0"]),
+        (2, 1, 2, ["cuda:1", "nccl"]),
+        (1, 1, 2, ["cuda:0", "gloo"]),  # nccl refuses two processes on one card
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--device", "cuda"]])
+def test_set_up_of_a_gpu(machine, capsys, flags, cards, rank, world, expected):
+    """Each process takes a card by its index, and computes deterministically there."""
+    world = dict(LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    done = machine(cards, **world)
+    device = train.set_up(train.parse_args(["--root", "x", *flags])[0])
+    assert device == done[0] and device.index is not None and [*map(str, done)] == expected
+    assert f"{device} (Card), float32 with TF32 products\n" in capsys.readouterr().out
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_set_up_of_another_gpu(machine):
+    args = train.parse_args(["--root", "x", "--device", "mps"])[0]
+    assert machine(1, "mps") == [] and train.set_up(args) == torch.device("mps")
+    machine(1, "mps", WORLD_SIZE="2")
+    with pytest.raises(UserError, match=r"^--device mps: several processes can't share it; start"):
+        train.set_up(args)
+
+
+def test_tf32_ends_with_the_training():
+    """What is separated later in the same process is not computed in it."""
+    for kind, precision in (("cuda:0", "high"), ("cpu", "highest")):
+        with contextlib.suppress(KeyboardInterrupt), train.tf32(torch.device(kind)):
+            assert torch.get_float32_matmul_precision() == precision
+            raise KeyboardInterrupt
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

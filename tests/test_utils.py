@@ -177,8 +177,29 @@ def test_select_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert select_device() == select_device("cuda") == torch.device("cuda:1")
     assert select_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(UserError, match="sees 2 GPUs"):
-        select_device("cuda:2")
+    for name in ("cuda:2", "cuda:3"):
+        with pytest.raises(UserError, match=f"^--device {name}: PyTorch sees 2 GPUs here; leave"):
+            select_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "5")  # more processes than cards: they share them
+    assert select_device() == torch.device("cuda:1")
+
+
+def test_select_device_offers_what_the_accelerator_is(monkeypatch):
+    """Apple's GPU is named in the error, used where it is asked for, and never by itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^--device mps: no such device; this machine has cpu$"):
+        select_device("mps")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert select_device("mps") == torch.device("mps") and select_device().type == "cpu"
+    with pytest.raises(
+        UserError, match=r"^--device xpu: no such device; this machine has mps, cpu$"
+    ):
+        select_device("xpu")
+    for name, cards in (("mps:1", 1), ("cuda", 0)):
+        with pytest.raises(UserError, match=f"--device {name}: PyTorch sees {cards} GPUs here"):
+            select_device(name)
 
 
 def test_amp_needs_bfloat16_instructions():

@@ -123,11 +123,16 @@ def print_rows(rows, columns=COLUMNS):
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
-def main(measure, description, columns=COLUMNS):
-    """A benchmark's command line: `python benchmarks/<name>.py [--quick]`."""
+def main(measure, description, columns=COLUMNS, devices=()):
+    """A benchmark's command line: `python benchmarks/<name>.py [--quick]`.
+
+    `measure` is called with the one of `devices` that --device names, where it knows several.
+    """
     parser = argparse.ArgumentParser(description=description)
+    if devices:
+        parser.add_argument("--device", choices=devices, help="(default: each that is there)")
     quick = "smaller inputs, fewer repeats: does it run?"
     parser.add_argument("--quick", action="store_true", help=quick)
     args = parser.parse_args()
     print(hardware_and_versions(), end="\n\n", flush=True)
-    print_rows(measure(args.quick), columns)
+    print_rows(measure(**vars(args)), columns)

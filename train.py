@@ -80,7 +80,7 @@ def train(network, state, loader, args, device, name):
             check_finite(losses, name, args)
     check_finite(losses, name, args)
     losses = torch.stack(losses).to(precise(device)).double()
-    return over_all(losses.mean()).item() / process_rank()[2]
+    return average(losses.mean())
 
 
 @torch.no_grad()
@@ -91,18 +91,16 @@ def validate(network, dataset, args, device):
     rank, _, world = process_rank()
     for buffer in network.buffers() if world > 1 else ():  # batch norms' statistics
         dist.broadcast(buffer, 0)
-    sums = torch.zeros(len(metrics), 2)  # of the values, and how many
+    sums = {name: [0.0, 0] for name in metrics}  # of the values, and how many
     for index in range(rank, 1 if args.dry_run else len(dataset), world):
         x, y = (waveform[None].to(device) for waveform in dataset[index])
         with patched(network, "forward", computed_once(network.forward)):
-            values = torch.tensor(
-                [float(metric(network, x, y, args)) for metric in metrics.values()]
-            )
-        defined = ~values.isnan()
-        defined[0] = True  # a metric may be NaN where a track is silent, the loss may not
-        sums[defined] += torch.stack([values, torch.ones(len(values))], dim=1)[defined]
-    means = over_all(sums.to(device))
-    return {f"valid_{name}": (s / n).item() for name, (s, n) in zip(metrics, means.cpu())}
+            for name, metric in metrics.items():
+                value = float(metric(network, x, y, args))
+                if name == "loss" or not math.isnan(value):  # no SDR where the target is silent
+                    sums[name] = [sums[name][0] + value, sums[name][1] + 1]
+    means = average(torch.tensor([*sums.values()], device=device))
+    return {f"valid_{name}": s / n if n else math.nan for name, (s, n) in zip(metrics, means)}
 
 
 # ------------------------------------------------------------- what one changes: optimizer, presets
@@ -468,6 +466,7 @@ def parse_args(arguments=None):
     parser.set_defaults(quiet=others)  # only the first process prints
     args.quiet = args.quiet or others
     args.seeds = list(dict.fromkeys(args.seed))
+    args.seed = args.seeds[0]
     if args.checkpoint:
         fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", "seed", "select"}
         fixed |= {"download", *MODEL_FLAGS}
@@ -480,6 +479,7 @@ def parse_args(arguments=None):
     parser.set_defaults(preset=preset, **changed)
     args = parser.parse_args(arguments)
     args.seeds = list(dict.fromkeys(args.seed))
+    args.seed = args.seeds[0]
     check_flags(args, given)
     return args, given
 
@@ -921,11 +921,12 @@ def over_processes(network, device):
     return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
 
-def over_all(values):
-    """The sum of a tensor over the processes."""
+def average(values):
+    """The mean of a tensor over the processes, as a number or lists of numbers."""
     if dist.is_initialized():
         dist.all_reduce(values)
-    return values
+        values = values / dist.get_world_size()
+    return values.tolist()
 
 
 def computed_once(function):

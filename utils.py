@@ -63,9 +63,11 @@ def run(main):
         sys.exit(128 + number)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) == signal.SIG_DFL:  # what nohup ignores stays ignored
-            signal.signal(number, stop)
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    # what nohup ignores stays ignored
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a letter is shown its number
             stream.reconfigure(errors="backslashreplace")
@@ -83,6 +85,8 @@ def run(main):
         sys.stdout.flush()
     except OSError:  # what can't be printed is not to be tried again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for number in numbers:  # nothing is left to be cleaned up
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(code if type(code) is int else 0)
 
 

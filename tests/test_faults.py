@@ -1243,7 +1243,6 @@ utils.run(lambda: 0)
 """
 
 
-@pytest.mark.xfail(strict=True, reason="utils.run leaves its handlers to a process that is ending")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_to_a_process_that_is_ending(number):
     """torchrun sends SIGTERM to what is left of a job: no traceback, whenever it comes."""

@@ -246,7 +246,7 @@ def test_wiener(walk, niter, channels, gradients):
 
 
 def test_stems_come_to_the_cpu_before_they_are_resampled(walk, monkeypatch):
-    """On a GPU, convolutions are in TF32: a resampled stem would be good for about 60 dB only."""
+    """On a GPU, convolutions are in TF32: a resampled stem would be good for 70 dB only."""
     where = []
     monkeypatch.setattr(test, "resample_blocks", lambda blocks, *_: where.extend(blocks) or [])
     blocks = [torch.zeros(2, 2, 100, device=walk.device)] * 2

@@ -11,9 +11,11 @@ Separation, JOSS 2019.
 
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import SOURCES, UserError, check_name, download, load, precise, select_device, use_amp
+from utils import SOURCES, UserError, atomic_write, check_name, download, load, precise
+from utils import select_device, use_amp
 
 # ------------------------------------------------------------------------------------------ STFT
 
@@ -460,8 +463,8 @@ def load_separator(
     """Load a separator, ready to use: `stems = load_separator("umxl")(audio)`.
 
     Args:
-        model: published weights by name (umx, umxhq, umxl, umxse; fetched once) or a model folder
-            made by train.py or by openunmix.
+        model: published weights by name (umx, umxhq, umxl, umxse; fetched once), a model folder
+            made by train.py or by openunmix, or an ONNX file of `export_onnx`.
         targets: which of its targets; None for all.
         niter, softmask, residual, wiener_win_len: see Separator.
         device: where it computes.
@@ -474,6 +477,8 @@ def load_separator(
     folder = Path(model)
     if str(model) in PUBLISHED and not (folder / "separator.json").is_file():
         networks, settings = load_published(str(model), targets, device)
+    elif folder.suffix == ".onnx" and not folder.is_dir():
+        networks, settings = load_onnx(folder, targets)
     else:
         networks, settings = load_folder(folder, targets, device)
     stft_settings = {"n_fft": settings["nfft"], "n_hop": settings["nhop"]}
@@ -509,9 +514,7 @@ def load_folder(folder, targets=None, device="cpu"):
         what += "" if folder.is_dir() else " model or folder"
         hint = f"train one (python train.py) or use {', '.join(PUBLISHED)}"
         raise UserError(f"{folder}: {what}; {hint}")
-    settings = check_settings(path, load(path), ("sample_rate", "nfft", "nhop", "nb_channels"))
-    if settings["nhop"] > settings["nfft"] // 2:
-        raise UserError(f"{path}: nhop is more than half of nfft; train the model again")
+    settings = check_settings(path, load(path), MUSIC)
     weights = {}  # vocals.pth, or as published vocals-<8 hex digits>.pth
     files = sorted(file for file in folder.glob("*.pth") if not file.name.startswith("."))
     for file in files:
@@ -604,6 +607,8 @@ def check_settings(path, values, needed=()):
             must = f"must be a whole number from {low} to {high}"
             raise UserError(f"{path}: {key} is {value!r} and {must}; train the model again")
         values[key] = int(value)
+    if values.get("nhop", 0) > values.get("nfft", 1 << 20) // 2:
+        raise UserError(f"{path}: nhop is more than half of nfft; train the model again")
     if not isinstance(values.get("unidirectional", False), bool):
         found = repr(values["unidirectional"])
         raise UserError(f"{path}: unidirectional is {found}, not true or false")
@@ -621,6 +626,8 @@ def separator_from_flags(args):
     if len(separator.targets) == 1:  # one target's counterpart is all the rest
         rest = "accompaniment" if separator.targets == ["vocals"] else "residual"
         separator.add_residual(rest)
+    if args.amp and any(isinstance(network, OnnxNetwork) for network in separator.networks):
+        raise UserError(f"--amp: {args.model} computes as it was written; leave --amp out")
     separator.amp = use_amp(args.amp, device)
     if args.wiener == "norbert":
         separator.wiener = norbert_wiener
@@ -652,6 +659,131 @@ def sum_targets(estimates, targets, sums):
     return {stem: sum(by_name[target] for target in parts) for stem, parts in sums.items()}
 
 
+# ------------------------------------------------------------------------------- ONNX, elsewhere
+
+
+def import_onnx():
+    """The packages that only ONNX files need. Raises UserError where they are missing."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        missing = f"ONNX files need packages that are not here ({error})"
+        raise UserError(f"{missing}: pip install onnx onnxruntime") from None
+    return onnx, onnxruntime
+
+
+def export_onnx(separator, path):
+    """Write all networks of a separator as one ONNX file, for other runtimes and `load_separator`.
+
+    Its input "magnitudes" is (1, C, F, T), its output "estimates" (1, J * C, F, T), T is free; the
+    metadata holds, as JSON, "targets", which names J, and "sample_rate", "nfft", "nhop" and
+    "nb_channels". Before it is written, onnxruntime must give what the networks give at two T.
+
+    Raises:
+        UserError: packages are missing; a network can't be written, or for one T only.
+    """
+    onnx, _ = import_onnx()
+    network, size = SideBySide(separator.networks).eval(), separator.n_fft // 2 + 1
+    axes, buffer = {3: "T"}, io.BytesIO()
+    names = {"input_names": ["magnitudes"], "output_names": ["estimates"]}
+    names["dynamic_axes"] = {"magnitudes": axes, "estimates": axes}
+    try:
+        with warnings.catch_warnings():  # of one T for ever: that is tried below
+            warnings.simplefilter("ignore")
+            x = torch.rand(1, separator.nb_channels, size, 30)
+            torch.onnx.export(network, (x,), buffer, dynamo=False, **names)
+        graph = onnx.load_model_from_string(buffer.getvalue())
+        settings = {"sample_rate": separator.sample_rate, "nhop": separator.n_hop}
+        settings |= {"nfft": separator.n_fft, "nb_channels": separator.nb_channels}
+        settings["targets"] = separator.targets[: len(separator.targets) - separator.residual]
+        onnx.helper.set_model_props(graph, {key: json.dumps(settings[key]) for key in settings})
+        content = graph.SerializeToString()
+        exported = OnnxNetwork(content)
+        for frames in (50, 333):
+            x = torch.rand(1, separator.nb_channels, size, frames)
+            with torch.no_grad():
+                expected, found = network(x), exported(x)
+            error = (found - expected).abs().max() / expected.abs().max()
+            if not error <= 1e-4:
+                raise ValueError(f"for {frames} frames it is {error:.1e} from the network")
+    except (RuntimeError, ValueError, *onnx_errors()) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: this network can't be written as ONNX: {reason}") from error
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+class SideBySide(nn.Module):
+    """Networks as one, (B, C, F, T) -> (B, J * C, F, T): what an ONNX file holds."""
+
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = networks
+
+    def forward(self, x):
+        return torch.cat([network(x) for network in self.networks], dim=1)
+
+
+class OnnxNetwork(nn.Module):
+    """The network of an ONNX file, by onnxruntime on the CPU; it estimates its `.sources`.
+
+    In a separator's fingerprint the SHA-256 of the file's bytes `content` stands for its weights.
+    """
+
+    def __init__(self, content):
+        super().__init__()
+        options = import_onnx()[1].SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+        runtime = import_onnx()[1].InferenceSession
+        self.session = runtime(content, options, providers=["CPUExecutionProvider"])
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.settings = {key: json.loads(text) for key, text in metadata.items()}
+        self.sources = self.all_sources = tuple(self.settings["targets"])
+        digest = hashlib.sha256(content).digest()
+        self.register_buffer("sha256", torch.tensor(list(digest), dtype=torch.uint8))
+
+    def forward(self, x):
+        """(B, C, F, T) magnitudes of the mixture -> (B, K * C, F, T) of the K sources."""
+        if torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
+            raise UserError("an ONNX file gives no gradients or files; take its model folder")
+        name = self.session.get_inputs()[0].name
+        examples = x.detach().float().cpu().contiguous().split(1)  # it takes one at a time
+        y = [self.session.run(None, {name: example.numpy()})[0] for example in examples]
+        y = torch.cat([torch.from_numpy(estimates) for estimates in y]).to(x.device)
+        if self.sources != self.all_sources:
+            chosen = [self.all_sources.index(source) for source in self.sources]
+            y = y.unflatten(1, (len(self.all_sources), -1))[:, chosen].flatten(1, 2)
+        return y
+
+
+def onnx_errors():
+    """What onnxruntime raises: its exceptions have no class in common."""
+    kinds = vars(import_onnx()[1].capi.onnxruntime_pybind11_state).values()
+    return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def load_onnx(path, targets=None):
+    """({name: network}, settings) of a file that `export_onnx` wrote; errors as load_separator."""
+    import_onnx()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; python test.py --export {path} makes one")
+    try:
+        network = OnnxNetwork(path.read_bytes())
+        [shape] = [value.shape for value in network.session.get_inputs()]
+    except (*onnx_errors(), LookupError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: is no ONNX file by test.py --export ({reason})") from error
+    settings = check_settings(path, network.settings, MUSIC)
+    for source in network.sources:
+        check_name(source, f"{path}:")
+    wanted = [1, settings["nb_channels"], settings["nfft"] // 2 + 1]
+    if shape[:3] != wanted or len(shape) != 4 or isinstance(shape[3], int):
+        raise UserError(f"{path}: takes {shape}, not {[*wanted, 'T']}; export the model again")
+    network.sources = tuple(choose_targets(path, targets, network.sources))
+    return {path.stem: network}, settings
+
+
 # ------------------------------------------------------------------------ recordings of any length
 
 LONG = 15_000  # frames that a network without stages sees at once: 6 minutes, 0.5 GB a spectrogram
@@ -675,7 +807,8 @@ def stream(separator, audio, block=300):
         blocks (J, C, n) that join to the estimates.
     """
     networks, heard = separator.networks, {}
-    device = next(itertools.chain(separator.parameters(), [torch.zeros(0)])).device
+    tensors = separator.parameters(), separator.buffers(), [torch.zeros(0)]
+    device = next(itertools.chain(*tensors)).device
     nb_channels, n_fft, n_hop = separator.nb_channels, separator.n_fft, separator.n_hop
 
     def spectra(frames):
@@ -765,12 +898,16 @@ def regroup(spectra, long):
 
 
 def stft_blocks(audio, frames, n_fft=4096, n_hop=1024):
-    """`stft` of a waveform that arrives in blocks (..., n): yields (..., F, `frames`) or less."""
-    context = n_fft // 2 // n_hop + 1  # frames that a frame shares samples with, to either side
+    """`stft` of a waveform that arrives in blocks (..., n): yields (..., F, `frames`) or less.
+
+    Frames come as soon as all their samples are there.
+    """
+    context = n_fft // 2 // n_hop + 1  # frames that a frame shares samples with, on its left
+    reach = n_fft - n_fft // 2 - n_hop  # samples that a block's last frame sees beyond its hop
     x, before = [], 0  # blocks from frame -before on
     for block in itertools.chain(audio, [None]):
         x = [*x, block] if block is not None else x
-        size = (before + frames + context) * n_hop
+        size = max(n_fft // 2 + 1, (before + frames) * n_hop + reach)
         if block is not None and sum(part.shape[-1] for part in x) < size:
             continue
         x = torch.cat(x, dim=-1)
@@ -778,7 +915,7 @@ def stft_blocks(audio, frames, n_fft=4096, n_hop=1024):
             yield stft(x[..., :size], n_fft, n_hop)[..., before : before + frames]
             x = x[..., max(0, before + frames - context) * n_hop :]
             before = min(before + frames, context)
-            size = (before + frames + context) * n_hop
+            size = max(n_fft // 2 + 1, (before + frames) * n_hop + reach)
         x = [x]
     yield from stft(x[0], n_fft, n_hop)[..., before:].split(frames, -1)
 
@@ -839,9 +976,12 @@ def in_parallel(work, items):
 
 
 def is_plain(layer, kind):
-    """Whether a fast form may replace a layer: it is no subclass, and nobody listens to it."""
+    """Whether a fast form may replace a layer: it is no subclass, and nobody listens to it.
+
+    An ONNX file gets the plain forms: traced, most fast ones would hold for one T only.
+    """
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
-    return type(layer) is kind and not any(hooks)
+    return type(layer) is kind and not any(hooks) and not torch.onnx.is_in_onnx_export()
 
 
 def absolute(X):

@@ -3,6 +3,7 @@
     python test.py SONG.mp3                        stems/SONG/vocals.wav, stems/SONG/drums.wav, ...
     python test.py SONG.mp3 --model umxl --html    with published weights, and a page to listen
     python test.py FOLDER --outdir out --ext flac  all audio there; what is done is kept
+    python test.py --export model.onnx             the networks for other runtimes, or --model
     torchrun --nproc_per_node=4 test.py FOLDER     the files shared out over processes
 
 A song goes through in blocks: samples (C, n) from its file, at the model's rate, into
@@ -34,7 +35,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import utils
-from model import aggregation, separator_from_flags, stft_blocks, sum_targets
+from model import aggregation, export_onnx, load_onnx, load_separator, separator_from_flags
+from model import stft_blocks, sum_targets
 from utils import AudioFile, UserError, number, printable, resample_blocks
 
 
@@ -67,6 +69,8 @@ def separate(separator, mixture, stems, sums, quiet=False):
 def main(arguments=None):
     """Separate all songs; returns 0, 1 where some failed, 2 where nothing could be separated."""
     args = parse_args(arguments)
+    if args.export:
+        return export(args)
     rank, _, world = utils.process_rank()
     args.quiet |= world > 1  # the bars of several processes would overwrite each other
     songs = find_songs(args.input, args.outdir)
@@ -157,7 +161,7 @@ BAR += "[{elapsed}<{remaining}{postfix}]"
 def parse_args(arguments):
     parser = utils.Parser(__doc__)
     what = "audio or video files, folders, patterns such as 'songs/*.mp3'"
-    parser.add_argument("input", nargs="+", help=what)
+    parser.add_argument("input", nargs="*", help=what)
     add = parser.add_argument_group("files").add_argument
     add("--outdir", default="stems", help="folder to write to: <outdir>/<song>/<target>.<ext>")
     form = "wav is 32-bit float: nothing clips; others are scaled down where they would"
@@ -171,8 +175,35 @@ def parse_args(arguments):
     add("--html", action="store_true", help=page)
     add("--plot", action="store_true", help=f"also write <outdir>/<song>/{PICTURE}")
     add("--quiet", action="store_true", help="no progress bars")
+    what = "separate nothing: write the model's networks as ONNX (see model.export_onnx)"
+    add("--export", metavar="FILE.onnx", help=what)
     utils.add_separation_flags(parser)
-    return parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args, given = parser.parse_args(arguments), parser.given(arguments)
+    if not (args.input or args.export):
+        parser.error("the following arguments are required: input")
+    others = sorted(given - {"export", "overwrite", "quiet", "model", "targets"})
+    if args.export and (args.input or others):
+        unused = args.input[0] if args.input else f"--{others[0].replace('_', '-')}"
+        raise UserError(
+            f"{unused}: is not used with --export, which separates nothing; leave it out"
+        )
+    return args
+
+
+def export(args):
+    """Write the model's networks as one ONNX file; returns 0."""
+    path, ours = Path(args.export), args.overwrite
+    if path.suffix != ".onnx":
+        raise UserError(f"--export {path}: its name must end in .onnx, as --model knows it by")
+    if path.exists() and not ours:
+        with contextlib.suppress(UserError):
+            ours = bool(load_onnx(path))
+    utils.check_output(path, [args.model], ours=ours)
+    separator = load_separator(args.model, args.targets)
+    export_onnx(separator, path)
+    print(printable(f"wrote {path}: {', '.join(separator.targets)}; python test.py --model {path}"))
+    return 0
 
 
 def find_songs(inputs, outdir):

@@ -247,6 +247,8 @@ def first_network(target, args, checkpoint=None):
         return make_network(**checkpoint["record"]["network"])
     if not args.model:
         return None
+    if args.model.endswith(".onnx"):
+        raise UserError(f"--model {args.model}: ONNX can't be trained; name the folder it is from")
     separator = load_separator(args.model, [target])
     network = separator.target_models[target]
     theirs = {"nfft": separator.n_fft, "nhop": separator.n_hop, **network.made_with}

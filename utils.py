@@ -174,7 +174,8 @@ def add_separation_flags(parser):
     """The flags that test.py and eval.py share: which model, and how it separates."""
     add = parser.add_argument_group("separation").add_argument
     own = "open-unmix" if Path("open-unmix").is_dir() else "umxl"
-    known = "model folder (open-unmix/ where there is one), or umxl, umxhq, umx, umxse: published"
+    known = "model folder (open-unmix/ where there is one), or umxl, umxhq, umx, umxse: published, "
+    known += "or an ONNX file"
     add("--model", default=own, help=known)
     add("--targets", nargs="+", type=name, help="targets to estimate (default: all, which is best)")
     add("--niter", type=number(int, 0), default=1, help="Wiener iterations; 0: the mixture's phase")

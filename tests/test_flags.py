@@ -179,6 +179,7 @@ ROWS = {
         (TEST, "--html", exists("stems/song/index.html"), True),
         (TEST, "--plot", exists("stems/song/spectrograms.png"), True),
         (TEST, "--quiet", lambda seen: seen.complaint == "", True),  # where the progress bar is
+        ("--model model", "--export model.onnx", exists("model.onnx"), True),
         (TEST, "--model other", vocals, DIFFERENT),
         (TEST, "--targets vocals drums", stems, ["drums.wav", "vocals.wav"]),
         (TEST, "--niter 2", vocals, DIFFERENT),

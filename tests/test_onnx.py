@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import test
 import torch
-from conftest import make_model, random_network, run_script, sdr
+from conftest import make_model, random_network, remembering, run_script, sdr
 from torch import nn
 
 import model
@@ -89,7 +89,9 @@ def networks(monkeypatch):
         monkeypatch.setitem(model.ARCHITECTURES, kind.__name__, kind)
 
     def make(arch, **settings):
-        if arch in ("blstm", "conv", "Joint", "GRU", "Attention"):
+        if arch in ("blstm", "Joint", "GRU"):
+            return remembering(random_network(7, arch=arch, **SMALL, **settings))
+        if arch in ("conv", "Attention"):
             return random_network(7, arch=arch, **SMALL, **settings)
         torch.manual_seed(7)
         return model.make_network(arch, **settings).eval()

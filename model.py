@@ -738,7 +738,7 @@ class OnnxNetwork(nn.Module):
         runtime = import_onnx()[1].InferenceSession
         self.session = runtime(content, options, providers=["CPUExecutionProvider"])
         metadata = self.session.get_modelmeta().custom_metadata_map
-        self.settings = {key: json.loads(text) for key, text in metadata.items()}
+        self.settings = {key: json.loads(metadata[key]) for key in (*MUSIC, "targets")}
         self.sources = self.all_sources = tuple(self.settings["targets"])
         digest = hashlib.sha256(content).digest()
         self.register_buffer("sha256", torch.tensor(list(digest), dtype=torch.uint8))

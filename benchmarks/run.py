@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--quick]
 
-It takes ten minutes on two cores, and --quick, which only shows that everything runs, a minute or
+It takes a quarter of an hour on two cores, and --quick, which only shows that everything runs, a minute or
 two. What each fast form of ours buys is measured by tricks.py.
 """
 
@@ -12,7 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 from common import main
 
-BENCHMARKS = ("data_loading", "training", "separation", "evaluation")
+BENCHMARKS = ("data_loading", "training", "separation", "evaluation", "onnx_export")
+BENCHMARKS += ("live_separation",)
 
 
 def measure_one(name, quick):

@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [--quick]
 
-It takes a quarter of an hour on two cores, and --quick, which only shows that everything runs, a minute or
-two. What each fast form of ours buys is measured by tricks.py.
+It takes a quarter of an hour on two cores, and --quick, which only shows that everything runs, two
+or three minutes. What each fast form of ours buys is measured by tricks.py.
 """
 
 import importlib

@@ -202,7 +202,8 @@ def export(args):
     utils.check_output(path, [args.model], ours=ours)
     separator = load_separator(args.model, args.targets)
     export_onnx(separator, path)
-    print(printable(f"wrote {path}: {', '.join(separator.targets)}; python test.py --model {path}"))
+    stems = ", ".join(separator.targets)
+    print(printable(f"wrote {path}: {stems}. Next: python test.py SONG.wav --model {path}"))
     return 0
 
 

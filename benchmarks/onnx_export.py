@@ -78,7 +78,7 @@ def measure(quick=False):
         for target, network in separator.target_models.items():  # whose LSTMs matter
             save(remembering(network).state_dict(), model / f"{target}.pth")
         export_onnx(separator, folder / "model.onnx")
-        minutes, repeats = (0.2, 1) if quick else (3, 3)
+        minutes, repeats = (0.2, 1) if quick else (3, 2)
         write_song(song, excerpt(folder)[1], minutes)
         models = {"PyTorch": model, **smaller_files(folder, folder / "model.onnx")}
         measured = {name: [] for name in models}

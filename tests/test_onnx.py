@@ -2,14 +2,17 @@
 
 import builtins
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import test
 import torch
-from conftest import make_model, random_network, remembering, run_script, sdr
+from conftest import FOLDER, make_model, random_network, remembering, run_script, sdr
 from torch import nn
 
 import model
@@ -17,6 +20,7 @@ import utils
 from model import OpenUnmix, Separator, export_onnx, load_onnx, load_separator
 from utils import UserError, load
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -313,6 +317,18 @@ def test_missing_packages_are_named(missing, run, monkeypatch):
         code, _, complaint = run(command)
         assert code == 2 and f"No module named '{missing}'" in complaint
         assert "pip install onnx onnxruntime" in complaint
+
+
+def test_nobody_is_told(run, tmp_path):
+    """onnxruntime would keep a database of events at home, and send it to its makers."""
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nimport test; sys.exit(test.main(sys.argv[2:]))"
+    command = [sys.executable, "-c", code, FOLDER, "--export", "new.onnx", "--model", "model"]
+    home = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    home["HOME"] = str(tmp_path / "home")
+    settings = dict(cwd=tmp_path, env=home, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in command], **settings)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*Microsoft*")) and not list(tmp_path.rglob("*onnxruntime*"))
 
 
 def test_neither_trained_nor_differentiated(run, tmp_path):

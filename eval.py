@@ -50,7 +50,7 @@ METRICS = ("SDR", "ISR", "SIR", "SAR")  # museval's, of each frame
 WHOLE = ("uSDR", "SI-SDR")  # of the whole track
 DELAYS = 512  # L below: samples, 0 to 511, by which BSS Eval may shift a reference
 TARGETS = (*SOURCES, "accompaniment")  # museval's order
-METHODS = ("model", "mixture", "share", "ibm", "irm", "irm2", "mwf")
+METHODS = ("model", "mixture", "share", "ibm", "irm", "irm2", "phase", "mwf")
 COLUMNS = ["method", "track", "target", "metric", "time", "score"]  # time NaN: the whole track
 MARK = ".eval.json"  # what says that a folder is ours
 
@@ -201,13 +201,17 @@ def oracle(method, mixture, sources, stems):
     As in SiSEC 2018 (sigsep-mus-oracle), with an STFT of 2048 samples and hop 1024 for masks:
         mixture: the mixture itself           share: an equal share of it for each source ("MIX")
         ibm: mask 1 where |S| >= |X| / 2      irm: |S| / sum |S|       irm2: |S|^2 / sum |S|^2
+        phase: the true |S| with the mixture's phase, in the model's STFT (4096 samples): the
+        ceiling of what a network of magnitudes learns, before any Wiener filter
         mwf: the model's Wiener filter, one EM iteration from the true sources' spectra
     Beside a single source, the rest of the mixture is the other. Returns {stem: (C, N)}, sums of
     the sources that `stems` names: {stem: [source]}.
     """
 
+    n_fft = 4096 if method == "phase" else 2048
+
     def spectrum(audio):
-        return stft(torch.as_tensor(audio), 2048, 1024)  # (C, F, T)
+        return stft(torch.as_tensor(audio), n_fft, 1024)  # (C, F, T)
 
     def power(source):
         return spectrum(source).abs() ** (2 if method == "irm2" else 1)
@@ -228,11 +232,13 @@ def oracle(method, mixture, sources, stems):
         Y = torch.cat(Y, dim=-2)
     elif method == "ibm":
         Y = (X * (2 * spectrum(source).abs() >= X.abs()) for source in sources.values())
+    elif method == "phase":
+        Y = (X.sgn() * spectrum(source).abs() for source in sources.values())
     else:
         total = sum(power(source) for source in sources.values()).clamp_min(1e-20)
         Y = (X * (power(source) / total) for source in sources.values())
     length = mixture.shape[1]
-    estimates = {name: istft(y, length, 2048, 1024).numpy() for name, y in zip(sources, Y)}
+    estimates = {name: istft(y, length, n_fft, 1024).numpy() for name, y in zip(sources, Y)}
     return {stem: sum(estimates[source] for source in parts) for stem, parts in stems.items()}
 
 
@@ -247,11 +253,14 @@ class Job(NamedTuple):
     stems: dict  # {stem: the sources that make up its reference}
     path: Path  # of museval's JSON, where the scores go
     settings: dict  # all that they depend on
-    kept: dict  # {stem: file to keep the model's estimate in}
+    kept: dict  # {stem: file to keep the estimate in}
 
 
 def score_track(job, args, estimates=None):
-    """museval's "targets" of a track, and its silent stems, which have none: in another process."""
+    """Scores a track in another process.
+
+    Returns museval's "targets", silent stems, which have none, and the estimates if they are kept.
+    """
     shape = track_shape(job.track)
     sources = {name: read_as(audio, **shape) for name, audio in job.track.sources.items()}
     references = {stem: sum(sources[part] for part in parts) for stem, parts in job.stems.items()}
@@ -265,7 +274,8 @@ def score_track(job, args, estimates=None):
             why = "is silent throughout: BSS Eval is not defined for it"
             raise UserError(f"{job.track.name}: the estimate of {stem} {why}")
     try:
-        return score(references, estimates, shape["rate"], args.engine), left_out
+        targets = score(references, estimates, shape["rate"], args.engine)
+        return targets, left_out, estimates if job.kept else None
     except np.linalg.LinAlgError as error:
         raise UserError(f"{job.track.name}: {error}") from error
 
@@ -398,7 +408,7 @@ def parse_args(arguments):
         kind = {"action": "store_true"} if default is False else {"default": default, **kind}
         add(f"--{name.replace('_', '-')}", **kind, help="of some layouts, see data.py")
     add = parser.add_argument_group("what is scored").add_argument
-    what = "mixture, share: floors; ibm, irm, irm2, mwf: ceilings, which know the true stems"
+    what = "mixture, share: floors; ibm, irm, irm2, phase, mwf: ceilings, of the true stems"
     methods = [*METHODS, "none"]
     add("--method", nargs="+", choices=methods, default=["model", "mixture"], help=what)
     add("--estimates", metavar="DIR", help="score these: DIR/<subset>/<track>/<target>.wav")
@@ -407,7 +417,8 @@ def parse_args(arguments):
     add("--workers", type=number(int, 1, 256), default=1, help="processes that score meanwhile")
     add = parser.add_argument_group("output").add_argument
     add("--evaldir", help="<evaldir>/<subset>/<track>.json as museval (default: scores/<model>)")
-    add("--outdir", help="also keep the model's stems: <outdir>/<subset>/<track>/<target>.wav")
+    kept = "<outdir>/<subset>/<track>/<target>.wav; other methods' in <outdir>/<method>/..."
+    add("--outdir", help=f"also keep the model's stems: {kept}")
     others = "folders of museval's JSON to put beside: tables, box plots, significance"
     add("--compare", nargs="+", default=[], metavar="DIR", help=others)
     add("--csv", metavar="FILE", help="also write every frame's scores")
@@ -419,8 +430,10 @@ def parse_args(arguments):
         args.method = ["estimates"] + [method for method in args.method if method != "model"]
     unused = dict.fromkeys(flags.keys() - layouts[args.dataset].all_flags, "other layouts")
     if "model" not in args.method:
-        flags = ("niter", "wiener_win_len", "wiener", "softmask", "residual", "amp", "outdir")
+        flags = ("niter", "wiener_win_len", "wiener", "softmask", "residual", "amp")
         unused.update(dict.fromkeys(flags, "--method model, which is not scored here"))
+    if not {*METHODS}.intersection(args.method):
+        unused["outdir"] = "stems that are made here, and none are"
     for name in sorted(given & unused.keys()):
         raise UserError(f"--{name.replace('_', '-')}: is for {unused[name]}; leave it out")
     if not args.method and not args.compare:
@@ -481,8 +494,10 @@ def make_jobs(tracks, separator, args):
             files = files_of(track)
             if method == "estimates":
                 files |= set(map(str, Path(args.estimates, place).glob("*.wav")))
-            if method == "model" and args.outdir:
-                kept = {stem: Path(args.outdir, place, f"{stem}.wav") for stem in args.sums}
+            if method in METHODS and args.outdir:
+                kept = Path(args.outdir, "" if method == "model" else method, place)
+                names = args.sums if method == "model" else stems
+                kept = {stem: kept / f"{stem}.wav" for stem in names}
             folder = args.evaldir / ("" if method in ("model", "estimates") else method)
             settings = {**made_with, "method": method, "stems": stems, "files": stamps(files)}
             settings["model"] = made_with["model"] if method == "model" else None
@@ -574,15 +589,15 @@ def evaluate(jobs, separator, args):
 
     def start(job):
         estimates = separate(separator, job.track, args) if job.method == "model" else None
+        pending.append((job, pool.submit(score_track, job, args, estimates)))
+
+    def finish(job, future):
+        targets, silent_stems, estimates = future.result()
         for stem, path in job.kept.items():
             utils.save({"stems of": "eval.py"}, path.parent / MARK)
             with utils.atomic_write(path) as temporary:
                 rate = job.track.input[0].rate
                 soundfile.write(temporary, estimates[stem].T, rate, "FLOAT", format="WAV")
-        pending.append((job, pool.submit(score_track, job, args, estimates)))
-
-    def finish(job, future):
-        targets, silent_stems = future.result()
         left_out.update((job.track.name, stem) for stem in silent_stems)
         scores = {"targets": targets, "engine": args.engine, "settings": job.settings}
         if args.engine == "museval":

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import scipy.signal
 import soundfile
+import torch
 from conftest import EXCERPT, FOLDER, InThisProcess, make_model, read_tracks, run_script
 from conftest import sdr as sdr_of
 
@@ -23,6 +24,7 @@ import eval as evaluation
 import utils
 from data import synthesize_song
 from eval import COLUMNS, METRICS, bss_eval, oracle, score, whole_name, whole_track_scores
+from model import stft
 from utils import SOURCES, UserError, import_museval, load, report, save
 
 museval = import_museval()
@@ -415,6 +417,30 @@ def test_oracles_equal_published_formulas(excerpt):
         )
 
 
+def test_phase_oracle_is_a_perfect_network_without_wiener_filter(excerpt):
+    """In the published separator: networks that know the true magnitudes, niter 0."""
+    from openunmix.model import Separator
+
+    class Perfect(torch.nn.Module):
+        def __init__(self, source):
+            super().__init__()
+            self.source = source
+
+        def forward(self, _):
+            return stft(self.source).abs()[None]  # (B, C, F, T)
+
+    networks = {name: Perfect(excerpt[name]) for name in SOURCES}
+    with torch.no_grad():
+        theirs = Separator(networks, niter=0)(excerpt["mixture"][None])[0].numpy()
+    sources = {name: excerpt[name].numpy() for name in SOURCES}
+    ours = oracle("phase", excerpt["mixture"].numpy(), sources, STEMS)
+    for name, estimate in zip(SOURCES, theirs):
+        assert sdr_of(estimate, ours[name]) > 80
+    np.testing.assert_allclose(
+        ours["accompaniment"], sum(ours[name] for name in SOURCES[1:]), atol=1e-6
+    )
+
+
 # SDR of SiSEC 2018 (sigsep/sigsep-mus-2018), The Easton Ellises - Falcon 69, seconds 140 to 144, which the excerpt holds.
 PUBLISHED = {
     "share": {
@@ -447,7 +473,7 @@ def test_oracles_equal_published_scores(method, tolerance, excerpt):
 
 
 def test_floor_and_ceilings_in_order(songs, call):
-    methods = ("mixture", "share", "ibm", "irm", "irm2", "mwf")
+    methods = ("mixture", "share", "ibm", "irm", "irm2", "phase", "mwf")
     printed, _ = call(
         "--root", songs / "data", "--method", *methods, "--targets", "vocals", "accompaniment"
     )
@@ -457,13 +483,14 @@ def test_floor_and_ceilings_in_order(songs, call):
         for line in lines
         if len(line) == 9 and line[0] in ("vocals", "accompaniment")
     }
-    assert len(medians) == 12
+    assert len(medians) == 14
     for target in ("vocals", "accompaniment"):
         by = {method: medians[target, method] for method in methods}
         assert (
             by["mixture"] < by["share"] < min(by["ibm"], by["irm"])
             and by["irm"] < by["irm2"]
             and by["irm"] < by["mwf"]
+            and by["share"] + 5 < by["phase"]
         )
         assert by["mwf"] - by["mixture"] > 10
     assert any(
@@ -580,6 +607,45 @@ def test_notebook(one, call, tmp_path, monkeypatch):
     )
     assert dict(os.environ) == environment
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_kept_stems_of_floors_and_ceilings(one, call, tmp_path):
+    """<outdir>/<method>/<subset>/<track>: what was scored, kept as long as nothing differs."""
+    command = ("--root", one / "data", "--targets", "vocals", "accompaniment", "--outdir", "stems")
+    call(*command, "--method", "share", "phase")
+    song = read_tracks(one / "data" / "test" / "Song")
+    for method in ("share", "phase"):
+        folder = tmp_path / "stems" / method / "test" / "Song"
+        kept = read_tracks(folder)
+        assert sorted(kept) == ["accompaniment", "vocals"]
+        sources = {name: song[name].numpy() for name in SOURCES}
+        for name, audio in oracle(method, song["mixture"].numpy(), sources, STEMS).items():
+            if name in kept:
+                np.testing.assert_allclose(kept[name].numpy(), audio, atol=1e-5)
+    medians = evaluation.main(  # they score what was scored as they were made
+        [
+            "--root",
+            one / "data",
+            "--estimates",
+            "stems/phase",
+            "--method",
+            "phase",
+            "--evaldir",
+            "x",
+        ]
+    )["SDR"]
+    for target in ("vocals", "accompaniment"):
+        both = [medians["Song", method, target] for method in ("x", "phase")]
+        assert both[0] == pytest.approx(both[1], abs=1e-3)
+    before = {path: utils.stamp(path) for path in tmp_path.glob("stems/*/test/Song/*.wav")}
+    call(*command, "--method", "share", "phase")
+    assert before == {path: utils.stamp(path) for path in before} and len(before) == 4
+    (folder / "vocals.wav").unlink()
+    call(*command, "--method", "share", "phase")
+    changed = [path for path in before if before[path] != utils.stamp(path)]
+    assert (
+        sorted(path.relative_to(tmp_path / "stems").parts[0] for path in changed) == ["phase"] * 2
+    )
 
 
 def test_kept_stems(songs, model, call, tmp_path, monkeypatch, readable):
@@ -832,8 +898,8 @@ def test_bad_input(songs, model, call, tmp_path):
             "--niter: is for --method model, which is not scored here; leave it out",
         ),
         (
-            ["--method", "irm", "--outdir", "x"],
-            "--outdir: is for --method model, which is not scored here; leave it out",
+            ["--method", "none", "--compare", "UMX", "--outdir", "x"],
+            "--outdir: is for stems that are made here, and none are; leave it out",
         ),
         (["--dataset", "aligned", "--is-wav"], "--is-wav: is for other layouts; leave it out"),
         (["--output-file", "drums.wav"], "--output-file: is for other layouts; leave it out"),

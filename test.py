@@ -4,6 +4,7 @@
     python test.py SONG.mp3 --model umxl --html    with published weights, and a page to listen
     python test.py FOLDER --outdir out --ext flac  all audio there; what is done is kept
     python test.py --export model.onnx             the networks for other runtimes, or --model
+    python test.py --page stems/A/SONG stems/B/SONG    folders of stems side by side, also blind
     torchrun --nproc_per_node=4 test.py FOLDER     the files shared out over processes
 
 A song goes through in blocks: samples (C, n) from its file, at the model's rate, into
@@ -71,6 +72,8 @@ def main(arguments=None):
     args = parse_args(arguments)
     if args.export:
         return export(args)
+    if args.page:
+        return compare(args)
     rank, _, world = utils.process_rank()
     args.quiet |= world > 1  # the bars of several processes would overwrite each other
     songs = find_songs(args.input, args.outdir)
@@ -174,20 +177,26 @@ def parse_args(arguments):
     page = f"also write <outdir>/<song>/{PAGE}, a page that plays the stems together"
     add("--html", action="store_true", help=page)
     add("--plot", action="store_true", help=f"also write <outdir>/<song>/{PICTURE}")
+    page = f"only write <outdir>/{PAGE}, which plays the stems of the input folders side by side"
+    add("--page", action="store_true", help=page)
     add("--quiet", action="store_true", help="no progress bars")
     what = "separate nothing: write the model's networks as ONNX (see model.export_onnx)"
     add("--export", metavar="FILE.onnx", help=what)
     utils.add_separation_flags(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
     args, given = parser.parse_args(arguments), parser.given(arguments)
+    alone = {  # what is not for songs: (flags that it uses, why it does not use the others)
+        "export": ({"overwrite", "quiet", "model", "targets"}, "which separates nothing"),
+        "page": ({"outdir", "overwrite"}, "which is given folders of stems"),
+    }
+    for flag, (used, why) in alone.items():
+        for name in sorted(given - used - {flag}) if getattr(args, flag) else ():
+            said = f"is not used with --{flag}, {why}; leave it out"
+            raise UserError(f"--{name.replace('_', '-')}: {said}")
+    if args.export and args.input:
+        raise UserError(f"{args.input[0]}: is not used with --export; leave it out")
     if not (args.input or args.export):
         parser.error("the following arguments are required: input")
-    others = sorted(given - {"export", "overwrite", "quiet", "model", "targets"})
-    if args.export and (args.input or others):
-        unused = args.input[0] if args.input else f"--{others[0].replace('_', '-')}"
-        raise UserError(
-            f"{unused}: is not used with --export, which separates nothing; leave it out"
-        )
     return args
 
 
@@ -409,8 +418,44 @@ def plot(recordings, picture):
     print(printable(f"wrote {picture}"))
 
 
+def compare(args):
+    """Write a page of one song's stems in several folders, one of which sounds at a time."""
+    folders = [os.path.abspath(folder) for folder in args.input]
+    if len(set(folders)) < max(2, len(folders)):
+        raise UserError("--page: compares two different folders of stems, or more; name them")
+    names = [os.path.relpath(folder, os.path.commonpath(folders)) for folder in folders]
+    title, *others = {os.path.basename(name) for name in names}
+    if not others:  # the song's name
+        names = [os.path.dirname(name) or name for name in names]
+    stems = collections.defaultdict(dict)  # {stem: {(version, stem): Recording}}
+    for folder, name in zip(folders, names):
+        files = sorted(filter(is_audio, Path(folder).glob("*")))
+        if not files:
+            raise UserError(f"{folder}: holds no stems, files such as vocals.wav ({AUDIO})")
+        for path in files:
+            stems[path.stem][name, path.stem] = Recording(path)
+    versions = {key: v for pairs in stems.values() if len(pairs) > 1 for key, v in pairs.items()}
+    if not versions:
+        raise UserError(f"{folders[0]}: has no stem that is in another folder, too; rename one")
+    first, *rest = ((v.audio.path, v.length / v.rate) for v in versions.values())
+    for path, seconds in rest:
+        if abs(seconds - first[1]) > 0.1:
+            lasts = f"lasts {seconds:.1f} s, and {first[0]} {first[1]:.1f} s"
+            raise UserError(f"{path}: {lasts}; compare stems of one song")
+    page = Path(args.outdir, PAGE)
+    record = read_record(page.parent)
+    ours = page.exists() and record["files"].get(PAGE) == utils.stamp(page)
+    utils.check_output(page, ours=ours or args.overwrite)
+    write_page("Side by side" if others else title, versions, page)
+    write_record(record, page.parent, [PAGE])
+    return 0
+
+
 def write_page(title, recordings, page):
-    """Fill assets/player.html with the mixture and its stems as MP3."""
+    """Fill assets/player.html with sound as MP3: {name: Recording}, the mixture and its stems.
+
+    Where names are pairs (version, stem), the page compares the versions of each stem.
+    """
     peaks = {}
     for name, recording in recordings.items():
         blocks = (block.abs().amax(0, keepdim=True) for block in recording)
@@ -419,7 +464,8 @@ def write_page(title, recordings, page):
     stems = []
     for name, recording in recordings.items():
         picture = F.adaptive_max_pool1d(peaks[name] / scale, 1000)[0].tolist()
-        stem = {"name": name, "audio": mp3(recording, scale)}
+        stem = dict(zip(("name", "group"), name)) if isinstance(name, tuple) else {"name": name}
+        stem["audio"] = mp3(recording, scale)
         stems.append({**stem, "peaks": [round(peak, 3) for peak in picture]})
     content = json.dumps({"title": title, "stems": stems})
     content = content.replace("<", "\\u003c")  # no </script> from a song's name

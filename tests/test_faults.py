@@ -747,7 +747,7 @@ TRAINING = [  # checkpoints, and data that training is given
 ESTIMATES = "eval.py --root data --method model --estimates"
 SCORING = [  # item 11, and the data and estimates that scoring is given
     ("good", [EVAL], OK),
-    ("a model", [f"{EVAL} --method model mixture share ibm irm irm2 mwf"], OK),
+    ("a model", [f"{EVAL} --method model mixture share ibm irm irm2 phase mwf"], OK),
     ("antiphase but for rounding", [put(f"{TRUE}/vocals.wav", np.stack([NOISE[:, 0], -NOISE[:, 0]], 1), subtype="PCM_16"), EVAL], OK),
     ("one source is silent", [put(f"{TRUE}/vocals.wav", 0 * NOISE), EVAL], fine("vocals is silent throughout")),
     ("all sources are silent", [*(put(f"{TRUE}/{name}.wav", 0 * NOISE) for name in (*utils.SOURCES, "mixture")), EVAL], refused("no scores")),

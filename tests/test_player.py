@@ -286,3 +286,128 @@ def test_template_alone_says_what_it_is(browser):
     browser.get(TEMPLATE.as_uri())
     assert "Nothing to play in this file" in browser.find_element(By.TAG_NAME, "main").text
     assert not browser.find_element(By.ID, "player").is_displayed()
+
+
+# ------------------------------------------------------------------------------ versions side by side
+
+VERSIONS = {"one": 1, "two": 3, "three": 5}  # by which the tones are multiplied
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """What `test.py --page` writes of three folders, of which one has no vocals and one more than the others."""
+    folder = tmp_path_factory.mktemp("page")
+    for version, factor in VERSIONS.items():
+        (folder / version / "Song").mkdir(parents=True)
+        for name in {"one": ["vocals", "bass", "extra"], "three": ["bass"]}.get(version, STEMS[:3]):
+            audio = tone(factor * TONES.get(name, 100))
+            soundfile.write(folder / version / "Song" / f"{name}.wav", audio, RATE)
+    folders = [str(folder / version / "Song") for version in VERSIONS]
+    assert test.main(["--page", *folders, "--outdir", str(folder / "out")]) == 0
+    return folder / "out" / "index.html"
+
+
+class Comparison(Player):
+    def buttons(self, selector):
+        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
+        return {button.text: button for button in found if button.is_displayed()}
+
+    def rows(self):
+        found = self.driver.find_elements(By.CSS_SELECTOR, ".stem")
+        return [row.find_element(By.TAG_NAME, "b").text for row in found if row.is_displayed()]
+
+    def heard(self):
+        """The one stem that sounds, by its level, once this is what the gains say."""
+
+        def alone():
+            gains = self.ask("gains()")
+            levels = {name: self.level(name) for name in gains}
+            [chosen] = [name for name in gains if gains[name]]
+            loud = [name for name in levels if levels[name]]
+            return chosen if loud == [chosen] and levels[chosen] > 0.1 else None
+
+        return wait(alone)
+
+
+@pytest.fixture
+def comparison(browser, page):
+    return Comparison(browser, page)
+
+
+def test_versions_sound_one_at_a_time(comparison):
+    assert comparison.driver.title == "Song"
+    assert sorted(comparison.ask("gains()")) == sorted(
+        ["one: bass", "two: bass", "three: bass", "one: vocals", "two: vocals"]
+    )  # not what one folder alone has
+    assert list(comparison.buttons("#groups .toggle")) == ["bass", "vocals"]
+    assert comparison.rows() == ["one", "two", "three"]
+    assert not comparison.buttons(".mute") and not comparison.buttons("#compare")
+    comparison.press(Keys.SPACE)
+    assert comparison.heard() == "one: bass" and comparison.status() == "You hear one: bass."
+    comparison.press("3")
+    assert comparison.heard() == "three: bass"
+    before = comparison.ask("currentTime()")
+    comparison.buttons(".solo")
+    comparison.driver.find_elements(By.CSS_SELECTOR, ".solo")[1].click()
+    assert comparison.heard() == "two: bass" and comparison.ask("currentTime()") >= before
+    comparison.press("2", "0", "9")  # the same again, and nothing
+    assert comparison.heard() == "two: bass"
+    comparison.buttons("#groups .toggle")["vocals"].click()  # the same version of another stem
+    assert comparison.heard() == "two: vocals" and comparison.rows() == ["one", "two"]
+    assert comparison.status() == "You hear two: vocals."
+    comparison.press("1")
+    assert comparison.heard() == "one: vocals"
+    comparison.buttons("#groups .toggle")["bass"].click()
+    comparison.press("3")
+    comparison.buttons("#groups .toggle")["vocals"].click()  # which "three" does not have
+    assert comparison.heard() == "one: vocals"
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_blind_test(comparison, honest):
+    """A and B are the two versions heard last; X is one of them; who hears it answers all ten rightly."""
+    comparison.press(Keys.SPACE, "3", "1")
+    [(label, start)] = comparison.buttons("#blind").items()
+    assert label == "Blind test: one / three"
+    start.click()
+    assert comparison.rows() == [] and not comparison.buttons("#groups .toggle")
+    asked = comparison.driver.find_element(By.ID, "question")
+    order = []
+    for trial in range(10):
+        assert asked.text.startswith(f"Trial {trial + 1} of 10.")
+        heard = {}
+        for letter in "ABX":
+            if trial % 2:
+                comparison.press(letter.lower())
+            else:
+                comparison.buttons("#trial .hear")[letter].click()
+            heard[letter] = comparison.heard()
+            assert comparison.status() == f"You hear {letter}."  # and no more
+            if comparison.ask("currentTime()") > 9:
+                comparison.press(*[Keys.ARROW_LEFT] * 2)
+        assert sorted([heard["A"], heard["B"]]) == ["one: bass", "three: bass"]
+        order.append(heard["X"])
+        right = "A" if heard["X"] == heard["A"] else "B"
+        answer = right if honest else "AB".replace(right, "")
+        comparison.buttons("#trial .answer")[f"X is {answer}"].click()
+    names = [heard[letter].partition(":")[0] for letter in "AB"]
+    said = "10 of 10 right. By guessing alone, so many or more come about in 0.098 % of tests."
+    if not honest:
+        said = "0 of 10 right. By guessing alone, so many or more come about in 100 % of tests."
+    assert asked.text == f"{said} A was {names[0]}, B was {names[1]}."
+    assert not any(b.is_enabled() for b in comparison.buttons("#trial .answer").values())
+    comparison.buttons("#leave")["Back"].click()
+    assert comparison.rows() == ["one", "two", "three"] and comparison.heard() == "one: bass"
+
+
+def test_blind_test_can_be_given_up_and_draws_anew(comparison):
+    orders, drawn = set(), set()
+    for _ in range(12):
+        comparison.buttons("#blind")["Blind test: one / two"].click()
+        gains = comparison.ask("gains()")
+        orders.add(max(gains, key=gains.get))  # A
+        comparison.press("x")
+        gains = comparison.ask("gains()")
+        drawn.add(max(gains, key=gains.get))
+        comparison.buttons("#leave")["Give up"].click()
+    assert orders == drawn == {"one: bass", "two: bass"}  # each missing once in 2000 times

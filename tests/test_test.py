@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -558,6 +559,56 @@ def test_input_that_changes_between_the_passes(separate, song, monkeypatch):
     code, _, complaint = separate("song.wav")
     assert code == 2 and files_in("stems") == [] and len(passes) == 2
     assert complaint == ["error: song.wav: was changed since it was opened; start again"]
+
+
+# --------------------------------------------------------------------------------- folders side by side
+
+
+def side_by_side(page):
+    """What a page compares: {(version, stem): peaks}, and its title."""
+    content = json.loads(re.search(r"const SONG = (.*);\n", page.read_text(encoding="utf-8"))[1])
+    stems = {(stem["name"], stem["group"]): stem["peaks"] for stem in content["stems"]}
+    return content["title"], stems
+
+
+def test_page_of_folders(separate, song, tmp_path):
+    for place, names in {"irm/test/Song": "ab", "test/Song": "bc", "x": "b"}.items():
+        (tmp_path / place).mkdir(parents=True)
+        for name in names:
+            write(tmp_path / place / f"{name}.wav", song * (0.5 if place == "x" else 1))
+    shutil.copy("x/b.wav", "x/b.mp3.txt")
+    page = Path("stems/index.html")
+    for _ in range(2):  # our own is written again
+        assert test.main(["--page", "irm/test/Song", "test/Song/"]) == 0
+        title, stems = side_by_side(page)
+        assert title == "Song" and sorted(stems) == [("irm/test", "b"), ("test", "b")]
+    assert test.main(["--page", "x", "test/Song", "--outdir", "out"]) == 0
+    title, stems = side_by_side(Path("out/index.html"))
+    assert title == "Side by side" and list(stems) == [("x", "b"), ("test/Song", "b")]
+    loudest = [max(stems[key]) for key in stems]
+    assert loudest[0] == pytest.approx(loudest[1] / 2, abs=0.01)  # their balance is kept
+    page.write_text("edited by somebody")
+    with pytest.raises(UserError, match="exists and was not written by this script"):
+        test.main(["--page", "irm/test/Song", "test/Song"])
+    assert test.main(["--page", "irm/test/Song", "test/Song", "--overwrite"]) == 0
+
+
+def test_page_of_folders_refuses(separate, song, tmp_path):
+    for place, part in {"one/a": song, "two/b": song, "three/a": song[:, :44100]}.items():
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{place}.wav", part)
+    for flags, message in [
+        (["one"], "--page: compares two different folders"),
+        (["one", "one/"], "--page: compares two different folders"),
+        (["one", "nowhere"], f"{tmp_path / 'nowhere'}: holds no stems, files such as vocals.wav"),
+        (["one", "two"], f"{tmp_path / 'one'}: has no stem that is in another folder"),
+        (["one", "three"], "three/a.wav: lasts 1.0 s, and "),
+        (["one", "three", "--html"], "--html: is for songs"),
+        (["one", "three", "--niter", "2"], "--niter: is for songs"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            test.main(["--page", *flags])
+    assert not Path("stems").exists()
 
 
 # --------------------------------------------------------------------------------- bad input

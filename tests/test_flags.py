@@ -178,7 +178,7 @@ ROWS = {
         (TEST, "--duration 0.5", lambda seen: len(vocals(seen)), 4000),
         (TEST, "--html", exists("stems/song/index.html"), True),
         (TEST, "--plot", exists("stems/song/spectrograms.png"), True),
-        (TEST, "--page", says("is for songs, and --page is given folders of stems"), True),
+        (TEST, "--page", says("is not used with --page"), True),
         (TEST, "--quiet", lambda seen: seen.complaint == "", True),  # where the progress bar is
         ("--model model", "--export model.onnx", exists("model.onnx"), True),
         (TEST, "--model other", vocals, DIFFERENT),

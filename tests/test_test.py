@@ -603,8 +603,8 @@ def test_page_of_folders_refuses(separate, song, tmp_path):
         (["one", "nowhere"], f"{tmp_path / 'nowhere'}: holds no stems, files such as vocals.wav"),
         (["one", "two"], f"{tmp_path / 'one'}: has no stem that is in another folder"),
         (["one", "three"], "three/a.wav: lasts 1.0 s, and "),
-        (["one", "three", "--html"], "--html: is for songs"),
-        (["one", "three", "--niter", "2"], "--niter: is for songs"),
+        (["one", "three", "--html"], "--html: is not used with --page"),
+        (["one", "three", "--niter", "2"], "--niter: is not used with --page"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
             test.main(["--page", *flags])

@@ -188,7 +188,59 @@ class ConvUnmix(OpenUnmix):
         return self.join(h, context.permute(2, 0, 1))  # (T, B, H)
 
 
-ARCHITECTURES = {"blstm": OpenUnmix, "conv": ConvUnmix}
+class XUMX(OpenUnmix):
+    """X-UMX (CrossNet-Open-Unmix): a network per source, which share their averaged hidden states.
+
+    It has no more parameters or operations than separate networks. Train it with `--target all` and
+    the paper's `--loss xumx`. From: Sawata, Uhlich, Takahashi, Mitsufuji, "All for one and one for
+    all: improving music separation by bridging networks", ICASSP 2021.
+
+    Args:
+        sources: names of the K sources, in the order of the output.
+        settings: the arguments of each of the K `OpenUnmix`, its trunks.
+    """
+
+    def __init__(self, sources=SOURCES, **settings):
+        nn.Module.__init__(self)  # the layers are the trunks' own
+        names = sources if isinstance(sources, list | tuple) else [sources]
+        names = [check_name(str(name), "--arch-options sources:") for name in names or [""]]
+        self.sources = tuple(dict.fromkeys(names))
+        self.trunks = nn.ModuleList(OpenUnmix(**settings) for _ in self.sources)
+        self.nb_channels, self.hidden_size = self.trunks[0].nb_channels, self.trunks[0].hidden_size
+
+    def encode(self, x):
+        """The first bridge: the mean of all trunks' (B, C, F, T) -> (T, B, H)."""
+        return sum(trunk.encode(x) for trunk in self.trunks) / len(self.trunks)
+
+    def recur(self, h):
+        """The second bridge: h beside the mean of all trunks' BLSTMs, (T, B, H) -> (T, B, 2 H)."""
+        context = sum(run_lstm(trunk.lstm, h) for trunk in self.trunks) / len(self.trunks)
+        return torch.cat([h, context], dim=-1)
+
+    def decode(self, h, x):
+        """The trunks' fc2 to mask: (T, B, 2 H), (B, C, F, T) -> (B, K * C, F, T)."""
+        V = [trunk.decode(trunk.join(*h.chunk(2, -1)), x) for trunk in self.trunks]
+        V = [v.permute(3, 0, 1, 2) for v in V]  # (T, B, C, F), as in memory
+        return torch.cat(V, dim=2).permute(1, 2, 3, 0)  # (B, K * C, F, T)
+
+
+def bridge(networks):
+    """The X-UMX whose trunks are {source: OpenUnmix}, trained one by one: where it may start from.
+
+    Raises UserError where the networks are not all `blstm` of the same size and mask.
+    """
+    kinds = []
+    for network in networks.values():
+        kinds.append({k: v for k, v in network.made_with.items() if not k.startswith("input_")})
+    if kinds[0]["arch"] != "blstm" or any(kind != kinds[0] for kind in kinds):
+        raise UserError("--arch xumx: starts from blstm networks of one size and mask only")
+    bridged = make_network(**{**kinds[0], "arch": "xumx", "sources": list(networks)})
+    for trunk, network in zip(bridged.trunks, networks.values()):
+        trunk.load_state_dict(network.state_dict())
+    return bridged
+
+
+ARCHITECTURES = {"blstm": OpenUnmix, "conv": ConvUnmix, "xumx": XUMX}
 
 
 def make_network(arch="blstm", **settings):
@@ -347,9 +399,10 @@ class Separator(nn.Module):
         self.targets = []
         for target, network in target_models.items():
             self.targets += getattr(network, "sources", [target])
+        self.estimated, self.rows = [*self.targets], slice(None)  # all; `select` keeps some
         self.residual = False
         if residual:
-            self.add_residual("residual" if residual is True else residual)
+            self.add_residual(residual)
         if len(set(self.targets)) < len(self.targets):
             raise UserError(f"two stems have the same name: {', '.join(self.targets)}")
         self.niter, self.softmask, self.wiener_win_len = niter, softmask, wiener_win_len
@@ -362,8 +415,15 @@ class Separator(nn.Module):
     def target_models(self):
         return dict(zip(self.names, self.networks))
 
-    def add_residual(self, name):
+    def select(self, targets):
+        """Keep these of the targets, in this order: the Wiener filter knows of no others."""
+        if list(targets) != self.targets:
+            self.rows = [self.estimated.index(target) for target in targets]
+            self.targets = list(targets)
+
+    def add_residual(self, name=True):
         """Let what no network claims be one more source."""
+        name = "residual" if name is True else name
         if name in self.targets:
             raise UserError(f"--residual {name}: a target has this name; choose another")
         self.residual = True
@@ -394,10 +454,10 @@ class Separator(nn.Module):
         """What each network estimates, (B, K * C, F, T) -> that of all (B, J, C, F, T)."""
         V = [v.float() if self.amp else v for v in estimates]
         V = [v.permute(3, 0, 1, 2).unflatten(2, (-1, self.nb_channels)) for v in V]  # T first, as
-        V = torch.cat(V, dim=2).permute(1, 2, 3, 4, 0)  # in memory: (T, B, J, C, F)
-        if V.shape[1] != len(self.targets) - self.residual:
-            raise UserError(f"the networks estimate {V.shape[1]} sources, not {self.targets}")
-        return V
+        V = torch.cat(V, dim=2)  # in memory: (T, B, J, C, F)
+        if V.shape[2] != len(self.estimated):
+            raise UserError(f"the networks estimate {V.shape[2]} sources, not {self.estimated}")
+        return V[:, :, self.rows].permute(1, 2, 3, 4, 0)  # (B, J, C, F, T)
 
     def filter(self, V, X):
         """One window: magnitudes V (B, J, C, F, T), mixture X (B, C, F, T) -> (B, J, C, F, T)."""
@@ -466,7 +526,7 @@ def load_separator(
     Args:
         model: published weights by name (umx, umxhq, umxl, umxse; fetched once), a model folder
             made by train.py or by openunmix, or an ONNX file of `export_onnx`.
-        targets: which of its targets; None for all.
+        targets: which of its targets, or of the sources of a joint network; None for all.
         niter, softmask, residual, wiener_win_len: see Separator.
         device: where it computes.
     Returns:
@@ -485,8 +545,13 @@ def load_separator(
     stft_settings = {"n_fft": settings["nfft"], "n_hop": settings["nhop"]}
     others = {key: settings[key] for key in ("sample_rate", "nb_channels")}
     separator = Separator(
-        networks, niter, softmask, residual, wiener_win_len, **stft_settings, **others
+        networks, niter, softmask, False, wiener_win_len, **stft_settings, **others
     )
+    if targets:  # a network's name stands for all that it estimates
+        parts = (getattr(networks.get(target), "sources", [target]) for target in targets)
+        separator.select(dict.fromkeys(itertools.chain(*parts)))
+    if residual:
+        separator.add_residual(residual)
     return separator.to(device).eval()
 
 
@@ -525,11 +590,17 @@ def load_folder(folder, targets=None, device="cpu"):
             ):
                 weights[target] = file
     order = [*SOURCES, *sorted(weights.keys() - set(SOURCES))]
-    networks = {}
-    for target in choose_targets(folder, targets, [name for name in order if name in weights]):
-        networks[target] = load_network(
-            weights[target], folder / f"{target}.json", settings, device
-        )
+    networks, files = {}, [name for name in order if name in weights]
+    available, joint = [*files], files and not set(targets or []) <= set(files)
+    # what has no file of its own may be one of a joint network's sources
+    for name in files if joint else choose_targets(folder, targets, files):
+        network = load_network(weights[name], folder / f"{name}.json", settings, device)
+        sources = getattr(network, "sources", [])
+        available += sources
+        if not joint or {name, *sources} & set(targets):
+            networks[name] = network
+    if joint:
+        choose_targets(folder, targets, available)
     return networks, settings
 
 

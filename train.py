@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from data import AUGMENTATIONS, LAYOUTS, SETS, fetch_set, index_dataset, load_datasets
 from data import most_common_rate
-from model import ARCHITECTURES, MASKS, arguments_of, istft, load_separator, magnitude
+from model import ARCHITECTURES, MASKS, arguments_of, bridge, istft, load_separator, magnitude
 from model import make_network, stft
 from utils import Parser, UserError, atomic_write, check_name, check_output, code_fingerprint
 from utils import figure, load, number, only_writer, patched, precise, process_rank, run, save
@@ -49,16 +49,20 @@ from utils import save_figure, select_device, use_amp
 
 
 def compute_loss(network, x, y, args):
-    """A scalar from waveforms of mixture x (B, C, N) and target y (B, K * C, N): here the MSE.
+    """A scalar from waveforms of mixture x (B, C, N) and target y (B, K * C, N): see LOSSES."""
+    return LOSSES[args.loss](network, x, y, args)
 
-    Training and validation both use it. STFT and loss are in float32, whatever the network is in.
-    """
+
+def mse_loss(network, x, y, args):
+    """Of magnitudes. STFT and loss are in float32, whatever the network is in."""
     X = magnitudes(x, args)  # (B, C, F, T)
     Y = magnitudes(y.unflatten(1, (-1, x.shape[1])), args).flatten(1, 2)  # (B, K * C, F, T)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         Y_hat = network(X)
     return F.mse_loss(Y_hat.float(), Y)
 
+
+LOSSES = {"mse": mse_loss, "xumx": lambda *inputs: xumx_loss(*inputs)}  # train, validation: --loss
 
 # ---------------------------------------------------------------------------------------- one epoch
 
@@ -249,8 +253,9 @@ def first_network(target, args, checkpoint=None):
         return None
     if args.model.endswith(".onnx"):
         raise UserError(f"--model {args.model}: ONNX can't be trained; name the folder it is from")
-    separator = load_separator(args.model, [target])
-    network = separator.target_models[target]
+    bridged = args.arch == "xumx"  # from networks that were trained one by one
+    separator = load_separator(args.model, None if bridged else [target])
+    network = bridge(separator.target_models) if bridged else separator.target_models[target]
     theirs = {"nfft": separator.n_fft, "nhop": separator.n_hop, **network.made_with}
     theirs |= {"sample_rate": separator.sample_rate, "nb_channels": separator.nb_channels}
     vars(args).update({name: theirs[name] for name in theirs.keys() & vars(args).keys()})
@@ -408,6 +413,8 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     text = "umx: the published recipe; tutorial: minutes (default without --root)"
     add("--preset", choices=list(PRESETS), help=text)
+    text = "mse: of magnitudes; xumx: also of waveforms, and of all sums of sources"
+    add("--loss", choices=list(LOSSES), default="mse", help=text)
     add("--epochs", type=number(int, 1), default=1000, help="passes over the tracks, in all")
     add("--batch-size", type=number(int, 1), default=16, help="examples, of all processes together")
     add("--lr", type=number(float, 1e-12), default=0.001, help="learning rate of Adam")
@@ -471,7 +478,7 @@ def parse_args(arguments=None):
     args.seed = args.seeds[0]
     if args.checkpoint:
         fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", "seed", "select"}
-        fixed |= {"download", *MODEL_FLAGS}
+        fixed |= {"download", "loss", *MODEL_FLAGS}
         refuse(given, fixed, "--checkpoint goes on as the training began")
         args.output = args.checkpoint
         return args, given
@@ -495,7 +502,8 @@ def check_flags(args, given):
     if args.download and not args.root:
         raise UserError(f"--download {args.download}: needs --root, the folder to fetch it to")
     if args.model:
-        refuse(given, MODEL_FLAGS, f"the model {args.model} has its own")
+        bridged = {"arch"} if args.arch == "xumx" else set()
+        refuse(given - bridged, MODEL_FLAGS, f"the model {args.model} has its own")
     taken = arguments_of(ARCHITECTURES[args.arch])
     for name, argument in (*SETTINGS.items(), *((name, name) for name, _ in args.arch_options)):
         if argument not in taken and name in given | dict(args.arch_options).keys():
@@ -545,6 +553,9 @@ def choose_trainings(flags, given):
             whole = False
         if not whole:
             raise UserError(f"{place / target}.chkpnt: is no checkpoint of train.py; train anew")
+        if saved.get("loss", "mse") not in LOSSES:
+            which = f"{saved['loss']!r} is not in LOSSES of train.py; add it"
+            raise UserError(f"{place / target}.chkpnt: its loss {which}")
         changed = {name: getattr(flags, name) for name in NOT_SAVED | given}
         args = argparse.Namespace(**{**vars(flags), **saved, **changed})
         if epochs < args.epochs and not (stopped and args.patience == saved["patience"]):
@@ -670,6 +681,65 @@ def input_statistics(dataset, args, device):
     scale = (squares / frames - mean**2).clamp_min(0).sqrt()
     scale = scale.clamp_min(max(1e-4 * scale.max().item(), 1e-12))  # a bin that is always silent
     return {"mean": mean.tolist(), "scale": scale.tolist()}
+
+
+# ------------------------------------------------------------------------------------- X-UMX's loss
+
+
+def xumx_loss(network, x, y, args):
+    """X-UMX's loss of all sums of some, not all, of the K sources: of magnitudes and of waveforms.
+
+    MSE + 10 (1 - weighted SDR), as in the authors' code: the magnitudes of a sum are the sum of its
+    sources' magnitudes, its estimate has the mixture's phase. Sums of sources are linear, so that
+    products of pairs are enough: one inverse STFT per source rather than one per sum.
+    From: Sawata et al., "All for one and one for all", ICASSP 2021.
+    """
+    y = y.unflatten(1, (-1, x.shape[1]))  # (B, K, C, N)
+    X = stft(x, args.nfft, args.nhop)  # (B, C, F, T)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+        V = network(magnitude(X, args.nb_channels))
+    V = V.float().unflatten(1, (y.shape[1], -1))  # (B, K, C, F, T)
+    sums = proper_subsets(y.shape[1]).to(x.device)  # (S, K)
+    errors = (V - magnitudes(y, args)).permute(1, 4, 0, 2, 3).flatten(1)  # (K, T * B * C * F)
+    mse = pair_sums(sums, errors @ errors.mT).mean() / errors.shape[1]
+    phases = X.sgn()
+    y_hat = [istft(v * phases, x.shape[-1], args.nfft, args.nhop) for v in V.unbind(1)]
+    return mse + 10 * (1 - weighted_sdr(torch.stack(y_hat, 1), y, x, sums))
+
+
+def weighted_sdr(y_hat, y, x, sums, eps=1e-10):
+    """Mean over examples, channels and sums: cosines of sum and remainder, weighted by energies.
+
+    Args:
+        y_hat, y: (B, K, C, N) waveforms of sources. x: (B, C, N), their mixture.
+        sums: (S, K) of ones, the sources in each sum, and zeros.
+    Returns:
+        -1 to 1, which is a perfect estimate. From: Choi et al., "Phase-aware speech enhancement
+        with deep complex U-Net", ICLR 2019.
+    """
+    # the mixture less all sources stands beside them, so that sum and remainder make up the mixture
+    y_hat = torch.cat([y_hat, x[:, None] - y_hat.sum(1, keepdim=True)], 1).movedim(1, 2)
+    y = torch.cat([y, x[:, None] - y.sum(1, keepdim=True)], 1).movedim(1, 2)  # (B, C, K + 1, N)
+    pairs = y_hat @ y.mT, y_hat @ y_hat.mT, y @ y.mT  # (B, C, K + 1, K + 1)
+    sums = F.pad(sums, (0, 1))  # (S, K + 1)
+    score, total = 0, eps
+    for parts in (sums, 1 - sums):
+        product, energy_hat, energy = (pair_sums(parts, pair) for pair in pairs)  # (B, C, S)
+        norms = [(eps + value.clamp_min(0)).sqrt() for value in (energy_hat, energy)]
+        score = score + energy * product / (norms[0] * norms[1] + eps)
+        total = total + energy
+    return (score / total).mean()
+
+
+def pair_sums(sums, pairs):
+    """For each sum the total of its pairs' products: (S, K), (..., K, K) -> (..., S), float64."""
+    return torch.einsum("sk,...kl,sl->...s", sums, pairs.double(), sums)
+
+
+def proper_subsets(size):
+    """Zeros and ones (S, K) that choose 1 to K - 1 of K = `size` sources, or the only one."""
+    chosen = torch.tensor([*itertools.product((0.0, 1.0), repeat=size)], dtype=torch.float64)
+    return chosen[1 : max(2, 2**size - 1)]
 
 
 # -------------------------------------------------------------------------- records and checkpoints

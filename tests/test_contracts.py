@@ -213,6 +213,20 @@ HACKS = {
         flags="--arch joint --target all" + SIZE,
         after="assert separator.targets == ['other', 'vocals', 'bass', 'residual']",
     ),
+    "X-UMX with its loss": dict(
+        hack="",
+        flags="--arch xumx --target all --loss xumx" + SIZE,
+        after="""
+        assert separator.targets == ["vocals", "drums", "bass", "other", "residual"]
+        assert len(network.trunks) == 4 and record["args"]["loss"] == "xumx"
+        """,
+    ),
+    "X-UMX of two sources, in mono": dict(
+        hack="",
+        flags="--arch xumx --target all --loss xumx --nb-channels 1"
+        """ --arch-options sources=["bass","vocals"]""" + SIZE,
+        after="assert separator.targets == ['bass', 'vocals', 'residual']",
+    ),
     "several sources in mono": dict(
         hack="""
         class Joint(model.OpenUnmix):

@@ -690,19 +690,29 @@ def xumx_loss(network, x, y, args):
     """X-UMX's loss of all sums of some, not all, of the K sources: of magnitudes and of waveforms.
 
     MSE + 10 (1 - weighted SDR), as in the authors' code: the magnitudes of a sum are the sum of its
-    sources' magnitudes, its estimate has the mixture's phase. Sums of sources are linear, so that
-    products of pairs are enough: one inverse STFT per source rather than one per sum.
+    sources' magnitudes, its estimate has the mixture's phase.
     From: Sawata et al., "All for one and one for all", ICASSP 2021.
     """
-    y = y.unflatten(1, (-1, x.shape[1]))  # (B, K, C, N)
-    X = stft(x, args.nfft, args.nhop)  # (B, C, F, T)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        V = network(magnitude(X, args.nb_channels))
-    V = V.float().unflatten(1, (y.shape[1], -1))  # (B, K, C, F, T)
+        V = network(magnitudes(x, args))  # (B, K * C, F, T)
+    V = V.float().unflatten(1, (-1, args.nb_channels))  # (B, K, C, F, T)
+    y = y.unflatten(1, (-1, x.shape[1]))  # (B, K, C, N)
+    size = 1 if x.device.type == "cpu" else len(x)  # one example stays in a CPU's cache
+    parts = zip(V.split(size), x.split(size), y.split(size))
+    return torch.stack([loss_of_sums(*part, args) for part in parts]).mean()
+
+
+def loss_of_sums(V, x, y, args):
+    """`xumx_loss` of magnitudes V (B, K, C, F, T) for waveforms x (B, C, N) of y (B, K, C, N).
+
+    Sums of sources are linear, so that products of pairs are enough: one inverse STFT per source
+    rather than one per sum.
+    """
     sums = proper_subsets(y.shape[1]).to(x.device)  # (S, K)
-    errors = (V - magnitudes(y, args)).permute(1, 4, 0, 2, 3).flatten(1)  # (K, T * B * C * F)
+    errors = V - magnitude(stft(y, args.nfft, args.nhop), args.nb_channels)
+    errors = errors.permute(1, 4, 0, 2, 3).flatten(1)  # (K, T * B * C * F)
     mse = pair_sums(sums, errors @ errors.mT).mean() / errors.shape[1]
-    phases = X.sgn()
+    phases = stft(x, args.nfft, args.nhop).sgn()  # (B, C, F, T)
     y_hat = [istft(v * phases, x.shape[-1], args.nfft, args.nhop) for v in V.unbind(1)]
     return mse + 10 * (1 - weighted_sdr(torch.stack(y_hat, 1), y, x, sums))
 

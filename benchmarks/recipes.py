@@ -77,7 +77,7 @@ def lines_changed(folder):
     """Lines that come and go against the scripts as they are, such as "+9 -1"."""
     signs = ""
     for script in SCRIPTS:
-        texts = [Path(f, script).read_text(encoding="utf-8").split("\n") for f in (FOLDER, folder)]
+        texts = [Path(f, script).read_text(encoding="utf-8").splitlines() for f in (FOLDER, folder)]
         signs += "".join(line[0] for line in [*difflib.unified_diff(*texts, n=0)][2:])
     return f"+{signs.count('+')} -{signs.count('-')}"
 

@@ -44,8 +44,8 @@ def test_a_copy_against_the_original(tmp_path):
     command += ["--data", "--root data", "--training", small, "--targets", "vocals"]
     command += ["--epochs", "1", "--hidden-size", "8", "--seeds", "3", "4"]
 
-    def table():
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    def table(*more):
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return [line.split("|")[1:-1] for line in done.stdout.splitlines() if line[:1] == "|"]
 
@@ -65,6 +65,6 @@ def test_a_copy_against_the_original(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recipes/results/*")}
     assert table() == rows
     loss.write_text(loss.read_text("utf-8") + "# changed\n", "utf-8")
-    assert table()[3][5].strip() == "+2 -1"
+    assert table("--seeds", "3")[3][5].strip() == "+2 -1"
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert {path.stem for path in before if before[path] != after[path]} == {"mine-3", "mine-4"}
+    assert {path.stem for path in before if before[path] != after[path]} == {"mine-3"}

@@ -105,9 +105,9 @@ def measure(copy, name, flags, epochs, seed, args):
     sdr = {target: {} for target in args.targets}
     for track in sorted(scores.glob("test/*.json")):
         for target in json.loads(track.read_text())["targets"]:
-            frames = [frame["metrics"]["SDR"] for frame in target["frames"]]
-            if target["name"] in sdr:
-                sdr[target["name"]][track.stem] = float(np.nanmedian(np.array(frames, float)))
+            frames = np.array([frame["metrics"]["SDR"] for frame in target["frames"]], float)
+            if target["name"] in sdr and np.isfinite(frames).any():  # None, NaN: silence
+                sdr[target["name"]][track.stem] = float(np.nanmedian(frames))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps({"made_by": made_by, "seconds": seconds, "sdr": sdr}))
@@ -148,8 +148,9 @@ def table_row(name, results, base, copy):
             ours, theirs = (statistics.mean(by_target(r).values()) for r in (result, base[seed]))
             differences.append(ours - theirs)
             for target, scores in result["sdr"].items():
-                for song, value in scores.items():
-                    songs.setdefault(song, []).append(value - base[seed]["sdr"][target][song])
+                others = base[seed]["sdr"][target]
+                for song in scores.keys() & others.keys():
+                    songs.setdefault(song, []).append(scores[song] - others[song])
         spread = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
         row["difference"] = f"{statistics.mean(differences):+.2f}{spread}"
         row["p"] = f"{wilcoxon([*map(np.mean, songs.values())]).pvalue:.3f}"
@@ -158,17 +159,9 @@ def table_row(name, results, base, copy):
 
 def parse_args():
     kind = argparse.RawDescriptionHelpFormatter
-    add = (
-        parser := argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    ).add_argument
-    add(
-        "--rows",
-        nargs="+",
-        choices=list(ROWS),
-        default=list(ROWS),
-        metavar="ROW",
-        help=str([*ROWS]),
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    add, names = parser.add_argument, list(ROWS)
+    add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help=", ".join(names))
     add("--folder", type=Path, help="a changed copy of the scripts, in place of the rows")
     add("--flags", default="", help="flags of train.py for --folder")
     add("--targets", nargs="+", default=["vocals", "drums", "bass", "other"], help="what is scored")
@@ -180,12 +173,15 @@ def parse_args():
     equal = "rows also with as many epochs as take the base's seconds"
     add("--equal-seconds", action="store_true", help=equal)
     add("--output", type=Path, default=Path("recipes"), help="folder of copies and results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.folder and args.folder.resolve().name == "base":
+        parser.error("--folder: is called base, as the scripts as they are; rename it")
+    return args
 
 
 def main():
     args = parse_args()
-    rows = {args.folder.name: (None, 0, args.flags)} if args.folder else {}
+    rows = {args.folder.resolve().name: (None, 0, args.flags)} if args.folder else {}
     rows = {"base": (None, 0, ""), **(rows or {name: ROWS[name] for name in args.rows})}
     table, base = [], {}
     for name, (recipe, number, flags) in rows.items():

@@ -177,7 +177,11 @@ def test_loss_is_that_of_all_sums(K, nb_channels):
         value.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
         gradients.append(value.detach().double())
+    with torch.no_grad():  # all examples at once, as on a GPU
+        V = network(train.magnitudes(x, loss_args(nb_channels))).unflatten(1, (K, -1))
+        whole = train.loss_of_sums(V, x, y, loss_args(nb_channels))
     ours, value, theirs, expected = gradients
+    assert abs(whole - value) < 1e-5 * (10 + value)
     tolerance = 1e-3 if K > 1 else 1e-2  # an estimate that is nearly right has hardly any gradient
     assert abs(value - expected) < 1e-5 * (10 + expected) and value > 0
     assert ours.isfinite().all() and (ours - theirs).norm() < tolerance * theirs.norm()

@@ -417,9 +417,10 @@ class Separator(nn.Module):
 
     def select(self, targets):
         """Keep these of the targets, in this order: the Wiener filter knows of no others."""
-        if list(targets) != self.targets:
-            self.rows = [self.estimated.index(target) for target in targets]
-            self.targets = list(targets)
+        kept, residual = list(targets), self.targets[len(self.targets) - self.residual :]
+        if kept + residual != self.targets:
+            self.rows = [self.estimated.index(target) for target in kept]
+            self.targets = kept + residual
 
     def add_residual(self, name=True):
         """Let what no network claims be one more source."""

@@ -275,6 +275,10 @@ def test_targets_of_a_joint_network(joint_folder):
         rest = load_separator(joint_folder, ["bass", "vocals"], residual="drums")
         assert rest.targets == ["bass", "vocals", "drums"]
         assert torch.equal(rest(audio), residual(audio))
+        later = Separator({"all": whole.networks[0]}, residual="rest", **SMALL).eval()
+        later.select(["bass", "vocals"])
+        assert later.targets == ["bass", "vocals", "rest"]
+        assert torch.equal(later(audio), residual(audio))
     digests = {whole.fingerprint(), some.fingerprint(), rest.fingerprint()}
     digests.add(load_separator(joint_folder, ["vocals", "bass"]).fingerprint())
     assert len(digests) == 4

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
@@ -998,9 +997,9 @@ def over_processes(network, device):
     if process_rank()[2] == 1:
         return network
     gpu = device.type == "cuda"
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if gpu else network
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) if gpu else network
     ids = [device] if gpu else None
-    return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+    return torch.nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
 
 def average(values):

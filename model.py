@@ -809,6 +809,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         options = import_onnx()[1].SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+        options.enable_cpu_mem_arena = False  # which would double the memory of a long recording
         runtime = import_onnx()[1].InferenceSession
         self.session = runtime(content, options, providers=["CPUExecutionProvider"])
         metadata = self.session.get_modelmeta().custom_metadata_map
@@ -824,7 +825,8 @@ class OnnxNetwork(nn.Module):
         name = self.session.get_inputs()[0].name
         examples = x.detach().float().cpu().contiguous().split(1)  # it takes one at a time
         y = [self.session.run(None, {name: example.numpy()})[0] for example in examples]
-        y = torch.cat([torch.from_numpy(estimates) for estimates in y]).to(x.device)
+        y = [torch.from_numpy(estimates).to(x.device) for estimates in y]
+        y = torch.cat(y) if len(y) > 1 else y[0]  # without a copy of what may be half a gigabyte
         if self.sources != self.all_sources:
             chosen = [self.all_sources.index(source) for source in self.sources]
             y = y.unflatten(1, (len(self.all_sources), -1))[:, chosen].flatten(1, 2)

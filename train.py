@@ -484,6 +484,9 @@ def parse_args(arguments=None):
     tutorial = args.root is None and not LAYOUTS[args.dataset].target_flag
     preset = args.preset or ("tutorial" if tutorial else "umx")
     changed = dict(option(word) for word in PRESETS[preset].split())
+    if "samples_per_track" in given:
+        refuse(given, {"samples_per_epoch"}, "counts an epoch's examples, as --samples-per-track")
+        changed.pop("samples_per_epoch", None)
     parser.set_defaults(preset=preset, **changed)
     args = parser.parse_args(arguments)
     args.seeds = list(dict.fromkeys(args.seed))

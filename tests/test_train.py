@@ -1007,9 +1007,14 @@ def test_several_seeds_go_on(call):
 
 def test_samples_per_epoch(call):
     """The tutorial's budget is work, not tracks: as many steps whatever the number of tracks."""
-    call("--epochs", 1, "--samples-per-epoch", 12)
+    steps = [word for word in SMALL if word not in ("--samples-per-track", "2")]
+    call("--epochs", 1, "--samples-per-epoch", 12, small=steps)
     optimizer = checkpoint("open-unmix")["state"]["optimizer"]
     assert {state["step"].item() for state in optimizer["state"].values()} == {3}
+    by_hand = train.parse_args(["--samples-per-track", "5"])[0]
+    assert by_hand.preset == "tutorial" and by_hand.samples_per_epoch is None
+    code, _, complaint = call("--samples-per-epoch", 12)  # beside --samples-per-track
+    assert code == 2 and "--samples-per-epoch: counts an epoch's examples" in complaint
 
 
 def test_presets():

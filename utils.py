@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
@@ -475,7 +476,8 @@ def read_some(answer):
 @contextlib.contextmanager
 def patched(owner, name, value):
     """Give `owner.name` another value for a while."""
-    own, kept = name in vars(owner), getattr(owner, name)
+    kept = getattr(owner, name)
+    own = name in vars(owner) or inspect.isdatadescriptor(getattr(type(owner), name, None))
     setattr(owner, name, value)
     try:
         yield

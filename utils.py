@@ -477,7 +477,8 @@ def read_some(answer):
 def patched(owner, name, value):
     """Give `owner.name` another value for a while."""
     kept = getattr(owner, name)
-    own = name in vars(owner) or inspect.isdatadescriptor(getattr(type(owner), name, None))
+    of_class = inspect.getattr_static(type(owner), name, None)
+    own = name in vars(owner) or inspect.isdatadescriptor(of_class)
     setattr(owner, name, value)
     try:
         yield

@@ -88,7 +88,8 @@ def measure(copy, name, flags, epochs, seed, args):
     code = "".join(Path(copy, script).read_text(encoding="utf-8") for script in SCRIPTS)
     model, scores = copy / "model", copy / "scores"
     sizes = {"half": args.hidden_size // 2, "double": args.hidden_size * 2}
-    training = ["--preset", "tutorial", "--hidden-size", args.hidden_size, "--epochs", epochs]
+    training = ["--preset", "tutorial", "--loss", "mse"]
+    training += ["--hidden-size", args.hidden_size, "--epochs", epochs]
     training += [] if "--target " in flags else ["--target", *args.targets]
     training += ["--seed", seed, *shlex.split(f"{args.data} {args.training}")]
     training += shlex.split(flags.format(**sizes))

@@ -218,7 +218,9 @@ def test_examples_of_each_layout(layout, dummy):
         x, y = train[index]
         assert x.shape == y.shape == (2, 8000) and x.dtype == y.dtype == torch.float32
         assert x.is_contiguous() and y.is_contiguous()
-        rows = train.draw(train.tracks[index % len(train.tracks)], np.random.default_rng((42, index)))
+        rows = train.draw(
+            train.tracks[index % len(train.tracks)], np.random.default_rng((42, index))
+        )
         drawn = {name: audio.read(start, 8000) for name, audio, start in rows}
         target = drawn.pop("2" if layout == "aligned" else "1")
         np.testing.assert_array_equal(y, target)

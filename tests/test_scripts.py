@@ -109,7 +109,7 @@ def test_torchrun(trained, musdb_root, tmp_path):
 def test_dry_run(musdb_root, tmp_path):
     command = ["--root", musdb_root, "--dry-run", "--hidden-size", 16, "--preset", "tutorial"]
     printed, _ = run_script("train.py", *command, cwd=tmp_path)
-    assert "preset tutorial: epochs=20 " in printed and "epoch 1/20" in printed
+    assert "preset tutorial: loss=l1 epochs=26 " in printed and "epoch 1/26" in printed
     assert (tmp_path / "open-unmix" / "vocals.pth").exists()
 
 

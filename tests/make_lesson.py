@@ -31,7 +31,8 @@ def solutions(notebook):
 
 def execute(notebook, home):
     """Run all cells, in the notebook's own folder, as somebody whose home folder is `home`."""
-    environment = {**os.environ, "HOME": str(home)}
+    # beside other tests, threads that wait awake would slow the training tenfold
+    environment = {**os.environ, "HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE"}
     resources = {"metadata": {"path": str(LESSON.parent)}}
     client = NotebookClient(notebook, timeout=1500, kernel_name="python3", resources=resources)
     client.execute(env=environment)  # raises CellExecutionError where a cell does

@@ -489,8 +489,7 @@ def find_musdb(root=None, is_wav=False, cache=None):
         root = Path.home() / "MUSDB18" / "MUSDB18-7"
         try:
             if not (root / "train").is_dir():
-                url = musdb_settings()["sample-url"]
-                fetch_archive(url, root)
+                fetch_archive(musdb_settings()["sample-url"], root)
         except (UserError, OSError) as error:
             why = f"MUSDB18's 7-second sample can't be had ({error})."
             print(utils.printable(f"{why} Synthesized songs are used instead."))

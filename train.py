@@ -157,8 +157,8 @@ def main(arguments=None):
         record = checkpoint["record"] if checkpoint else new_record(target, network)
         rehearse(network, valid_set, record, args)
         if not flags.checkpoint and target == args.target[0]:
-            for folder in dict.fromkeys([flags.output, args.output]):
-                prepare_folder(Path(folder), args)
+            for folder in dict.fromkeys([Path(flags.output), Path(args.output)]):
+                prepare_folder(folder, args)
         with only_training(target, args), tf32(device):
             state = make_state(network.to(device), args)
             if checkpoint:
@@ -212,15 +212,9 @@ def make_datasets(tracks, sources, args):
     """
     layout = LAYOUTS[args.dataset]
     mixes = [mix for name, mix in layout.mix_flags.items() if getattr(args, name)]
-    names = (
-        "sample_rate",
-        "nb_channels",
-        "seq_dur",
-        "samples_per_track",
-        "samples_per_epoch",
-        "seed",
-    )
-    settings = {name: getattr(args, name) for name in (*names, "source_augmentations")}
+    names = ["sample_rate", "nb_channels", "seq_dur", "seed", "source_augmentations"]
+    names += ["samples_per_track", "samples_per_epoch"]
+    settings = {name: getattr(args, name) for name in names}
     return load_datasets(tracks, args.dataset, sources, mix=(*mixes, layout.mix)[0], **settings)
 
 
@@ -288,9 +282,8 @@ def compute_sdr(network, x, y, args):
     y_hat = istft(V * X.sgn()[:, None], x.shape[-1], args.nfft, args.nhop)  # (B, K, C, N)
     y = y.unflatten(1, (-1, x.shape[1]))
     energy, error = (z.square().sum((0, 2, 3)) for z in (y, y - y_hat))  # (K,)
-    return (
-        (10 * torch.log10(energy / error.clamp_min(1e-12))).where(energy > 0, torch.nan).nanmean()
-    )
+    sdr = 10 * torch.log10(energy / error.clamp_min(1e-12))
+    return sdr.where(energy > 0, torch.nan).nanmean()
 
 
 METRICS = {"SDR": compute_sdr}  # numbers of each validation track: {name: function as compute_loss}
@@ -299,7 +292,7 @@ METRICS = {"SDR": compute_sdr}  # numbers of each validation track: {name: funct
 def try_nothing(network, dataset, record, args, device):
     """Put on record, and say, what validation gives for the mixture as the estimate, and silence.
 
-    Raises UserError where the mixture is the target.
+    Raises UserError where the mixture is the target, or --select asks for what is not defined.
     """
 
     def result(estimate):
@@ -315,13 +308,11 @@ def try_nothing(network, dataset, record, args, device):
     target, sdr = record["target"], nothing.get("valid_SDR", 0)
     if sdr > 100:
         raise UserError(f"{target}: its input and target are identical; check the files")
+    to_minimize(nothing, args)
     record["nothing"] = nothing
-    losses = [f"{numbers['valid_loss']:.4g}" for numbers in (nothing, silence)]
-    say(
-        args,
-        f"{target}: to beat: loss {losses[0]}, SDR {sdr:.2f} dB (the mixture as estimate)"
-        f" and loss {losses[1]}, SDR 0 dB (silence)",
-    )
+    mixture, silence = (f"loss {numbers['valid_loss']:.4g}" for numbers in (nothing, silence))
+    mixture = f"{mixture}, SDR {sdr:.2f} dB (the mixture as estimate)"
+    say(args, f"{target}: to beat: {mixture} and {silence}, SDR 0 dB (silence)")
 
 
 def rehearse(network, dataset, record, args):
@@ -468,28 +459,25 @@ def parse_args(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     parser = make_parser()
     args, given = parser.parse_args(arguments), parser.given(arguments)
-    others = process_rank()[0] > 0
-    parser.set_defaults(quiet=others)  # only the first process prints
-    args.quiet = args.quiet or others
-    args.seeds = list(dict.fromkeys(args.seed))
-    args.seed = args.seeds[0]
     if args.checkpoint:
         fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", "seed", "select"}
         fixed |= {"download", "loss", *MODEL_FLAGS}
         refuse(given, fixed, "--checkpoint goes on as the training began")
         args.output = args.checkpoint
-        return args, given
-    tutorial = args.root is None and not LAYOUTS[args.dataset].target_flag
-    preset = args.preset or ("tutorial" if tutorial else "umx")
-    changed = dict(option(word) for word in PRESETS[preset].split())
-    if "samples_per_track" in given:
-        refuse(given, {"samples_per_epoch"}, "counts an epoch's examples, as --samples-per-track")
-        changed.pop("samples_per_epoch", None)
-    parser.set_defaults(preset=preset, **changed)
-    args = parser.parse_args(arguments)
+    else:
+        tutorial = args.root is None and not LAYOUTS[args.dataset].target_flag
+        preset = args.preset or ("tutorial" if tutorial else "umx")
+        changed = dict(option(word) for word in PRESETS[preset].split())
+        if "samples_per_track" in given:
+            reason = "counts an epoch's examples, as --samples-per-track"
+            refuse(given, {"samples_per_epoch"}, reason)
+            changed.pop("samples_per_epoch", None)
+        parser.set_defaults(preset=preset, **changed)
+        args = parser.parse_args(arguments)
+        check_flags(args, given)
+    args.quiet |= process_rank()[0] > 0  # only the first process prints
     args.seeds = list(dict.fromkeys(args.seed))
     args.seed = args.seeds[0]
-    check_flags(args, given)
     return args, given
 
 
@@ -499,8 +487,10 @@ def check_flags(args, given):
     used = {*layout.all_flags} | (set() if layout.target_flag else {"target"})
     unused = {"target"}.union(*(row.all_flags for row in LAYOUTS.values())) - used
     refuse(given, unused, f"is not used with --dataset {args.dataset}")
-    if args.download and not args.root:
-        raise UserError(f"--download {args.download}: needs --root, the folder to fetch it to")
+    if args.download:
+        refuse(given, given - {"download", "root", "quiet"}, "is not used with --download")
+        if not args.root:
+            raise UserError(f"--download {args.download}: needs --root, the folder to fetch it to")
     if args.model:
         bridged = {"arch"} if args.arch == "xumx" else set()
         refuse(given - bridged, MODEL_FLAGS, f"the model {args.model} has its own")
@@ -686,12 +676,17 @@ def input_statistics(dataset, args, device):
 # ------------------------------------------------------------------------------------- other losses
 
 
-def l1_loss(network, x, y, args):
-    """`mse_loss` with absolute differences: what is loud counts for less."""
+def by_source(network, x, y, args):
+    """What the network estimates of mixture x, (B, K, C, F, T), and waveforms y (B, K, C, N)."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         V = network(magnitudes(x, args))  # (B, K * C, F, T)
-    y = y.unflatten(1, (-1, x.shape[1]))  # (B, K, C, N)
-    return F.l1_loss(V.float(), magnitudes(y, args).flatten(1, 2))
+    return V.float().unflatten(1, (-1, args.nb_channels)), y.unflatten(1, (-1, x.shape[1]))
+
+
+def l1_loss(network, x, y, args):
+    """`mse_loss` with absolute differences: what is loud counts for less."""
+    V, y = by_source(network, x, y, args)
+    return F.l1_loss(V, magnitudes(y, args))
 
 
 def xumx_loss(network, x, y, args):
@@ -701,10 +696,7 @@ def xumx_loss(network, x, y, args):
     sources' magnitudes, its estimate has the mixture's phase.
     From: Sawata et al., "All for one and one for all", ICASSP 2021.
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-        V = network(magnitudes(x, args))  # (B, K * C, F, T)
-    V = V.float().unflatten(1, (-1, args.nb_channels))  # (B, K, C, F, T)
-    y = y.unflatten(1, (-1, x.shape[1]))  # (B, K, C, N)
+    V, y = by_source(network, x, y, args)
     size = 1 if x.device.type == "cpu" else len(x)  # one example stays in a CPU's cache
     parts = zip(V.split(size), x.split(size), y.split(size))
     return torch.stack([loss_of_sums(*part, args) for part in parts]).mean()
@@ -830,16 +822,20 @@ def note_epoch(state, record, metrics, args):
         reason = f"{stopping.bad_epochs} epochs without a lower validation loss"
         say(args, f"{record['target']}: stopped early, after {reason}")
     nothing = to_minimize(record["nothing"], args) if "nothing" in record else math.inf
-    if epoch % math.ceil(args.epochs / 10) == 0 and stopping.best >= nothing:
+    late = process_rank()[0] == 0 and epoch % math.ceil(args.epochs / 10) == 0
+    if late and stopping.best >= nothing:
         causes = "is the target in the mixture, in time with it, and not silent? Else lower --lr"
-        print(
-            f"{record['target']}: no better than the mixture itself after {epoch} epochs: {causes}"
-        )
+        result = f"no better than the mixture itself after {epoch} epochs"
+        print(f"{record['target']}: {result}: {causes}")
 
 
 def to_minimize(metrics, args):
     """What epochs are compared by, as --select says: the lower, the better."""
-    return -metrics["valid_SDR"] if args.select == "sdr" else metrics["valid_loss"]
+    if args.select == "loss":
+        return metrics["valid_loss"]
+    if math.isnan(metrics["valid_SDR"]):
+        raise UserError("--select sdr: the validation targets are silent; use --select loss")
+    return -metrics["valid_SDR"]
 
 
 def save_model(network, record, args, folder):

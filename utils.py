@@ -436,9 +436,11 @@ def download(url, path, sha256_start="", by_hand=None):
                 wait = min(int(wait), 3600) if wait.isdecimal() else 2**in_vain - 1
                 bar.set_postfix_str(f"{reason}: going on in {wait} s" if wait else "")
                 time.sleep(wait)
+        digest = hashlib.sha256()
         with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(sha256_start):
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+        if not digest.hexdigest().startswith(sha256_start):
             part.unlink()
             raise UserError(f"{url}: failed the check of its SHA-256; try again, or {by_hand}")
         os.replace(part, path)

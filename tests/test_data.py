@@ -1066,6 +1066,8 @@ def test_fetch_set(sample_zip, tmp_path, monkeypatch, capsys):
     assert data.fetch_set("musdb18hq", root) == root  # the server is gone: nothing is asked for
     with pytest.raises(UserError, match="--download musdb18: needs --root"):
         train.main(["--download", "musdb18"])
+    with pytest.raises(UserError, match="--epochs: is not used with --download; leave it out"):
+        train.main(["--download", "musdb18", "--root", str(root), "--epochs", "3"])
 
 
 @pytest.mark.parametrize("problem", ["refused", "not found", "unknown host"])

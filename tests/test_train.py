@@ -966,6 +966,17 @@ def test_select(call, monkeypatch):
     assert code == 2 and "--select: --checkpoint goes on as the training began" in complaint
 
 
+def test_select_what_is_not_defined(tmp_path, monkeypatch):
+    """No SDR of silence: --select sdr would never find a best epoch, and save nothing."""
+    for n in range(8):
+        write_song(tmp_path / "data/train" / f"Song {n}", seconds=1, rate=8000, seed=n)
+    for n in (0, 7):  # those for validation
+        soundfile.write(tmp_path / f"data/train/Song {n}/vocals.wav", np.zeros((8000, 2)), 8000)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--select sdr: the validation targets are silent; use"):
+        train.main(["--root", "data", *SMALL, "--epochs", "1", "--select", "sdr"])
+
+
 def test_several_seeds(call):
     """Each in a folder of its own, as it would be alone; the best is copied to the model folder."""
     code, printed, _ = call("--epochs", 2, "--seed", 3, 1, "--target", "vocals", "drums")

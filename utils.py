@@ -23,6 +23,7 @@ import signal
 import stat
 import struct
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
@@ -63,6 +64,16 @@ def run(main):
     def stop(number, _):
         sys.exit(128 + number)
 
+    def again(ignored):  # Python drops what a handler raises while C calls it: a signal comes again
+        if not isinstance(ignored.exc_value, SystemExit | KeyboardInterrupt):
+            hook(ignored)
+            return
+        number = getattr(ignored.exc_value, "code", 128 + signal.SIGINT) - 128
+        dropped[number] = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        dropped[number].start()
+
+    dropped, hook = {}, sys.unraisablehook  # {signal: what sends it again}
+    sys.unraisablehook = again
     signal.signal(signal.SIGINT, signal.default_int_handler)
     numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     # what nohup ignores stays ignored
@@ -80,12 +91,15 @@ def run(main):
         code = 130
     except BrokenPipeError:  # `python eval.py | head -1`: nobody reads on
         code = 141
-    except FAILURES as error:
-        code = report(error)
+    except FAILURES as error:  # a signal that cut a file's reading short is no damage of it
+        code = 128 + min(dropped) if dropped else report(error)
     try:
         sys.stdout.flush()
     except OSError:  # what can't be printed is not to be tried again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.unraisablehook = hook
+    for timer in dropped.values():
+        timer.cancel()
     for number in numbers:  # nothing is left to be cleaned up
         signal.signal(number, signal.SIG_DFL)
     sys.exit(code if type(code) is int else 0)

@@ -332,6 +332,23 @@ def test_what_may_be_written(tmp_path):
                 check_output(tmp_path / name, [song], [data], ours)
 
 
+IN_A_CALLBACK = """
+import os, signal, weakref
+thing = type("Thing", (), {})()
+reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.NAME))
+del thing  # what the handler raises is dropped here
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signal_while_garbage_is_collected(name, code):
+    """Python drops an exception there; the signal counts all the same."""
+    process = script(IN_A_CALLBACK.strip().replace("NAME", name))
+    said = process.communicate(timeout=50)[1]
+    assert process.returncode == code and "Traceback" not in said
+
+
 # --------------------------------------------------------------------------------- downloads
 
 CONTENT = np.random.default_rng(0).bytes(200_000)

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ def istft(spectrum, length, n_fft=4096, n_hop=1024):
 
 def magnitude(X, nb_channels):
     """What a network sees of a spectrum (..., C, F, T): |X|, or for one channel its mean over C."""
-    return absolute(X).mean(-3, keepdim=True) if nb_channels == 1 else absolute(X)
+    return X.abs().mean(-3, keepdim=True) if nb_channels == 1 else X.abs()
 
 
 # ------------------------------------------------------------------------------------- the network
@@ -900,12 +899,8 @@ def stream(separator, audio, block=300):
         return stft_blocks(blocks(), frames, n_fft, n_hop)
 
     def for_each(compute, *inputs):
-        def work(item):
-            with separator.precision(device):
-                return compute(*item)
-
-        items = list(zip(*inputs))
-        return in_parallel(work, items) if device.type == "cpu" else [work(item) for item in items]
+        with separator.precision(device):
+            return [compute(*item) for item in zip(*inputs)]
 
     def staged():
         hidden, length = [torch.empty(0) for _ in networks], 0  # (T, 1, H) each, with room to grow
@@ -1035,22 +1030,6 @@ def overlap_add(frames, window, n_hop):
 # --------------------------------------------------- fast forms, measured by benchmarks/tricks.py
 
 
-def in_parallel(work, items):
-    """[work(item) for item in items] without gradients, on the CPU's threads.
-
-    One thread in each of many items wastes none on waiting for the others, as several threads
-    within each small operation do.
-    """
-    items, threads = list(items), torch.get_num_threads()
-    workers = max(1, min(threads, len(items)))
-    share = threads // workers
-    try:
-        with ThreadPoolExecutor(workers, None, torch.set_num_threads, (share,)) as pool:
-            return list(pool.map(torch.inference_mode()(work), items))
-    finally:
-        torch.set_num_threads(threads)  # the workers' setting became that of threads to come
-
-
 def is_plain(layer, kind):
     """Whether a fast form may replace a layer: it is no subclass, and nobody listens to it.
 
@@ -1058,16 +1037,6 @@ def is_plain(layer, kind):
     """
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
     return type(layer) is kind and not any(hooks) and not torch.onnx.is_in_onnx_export()
-
-
-def absolute(X):
-    """X.abs(): on a CPU in less than half its time, which is a tenth of a training step.
-
-    At zero its gradient is not defined, so that X.abs() itself is taken where there is one.
-    """
-    if X.requires_grad or X.device.type != "cpu":
-        return X.abs()
-    return X.real.square().addcmul_(X.imag, X.imag).sqrt_()
 
 
 def standardised_linear(linear, x, mean, scale):
@@ -1115,8 +1084,7 @@ def run_lstm(lstm, h):
     """The output of the recurrent layer for h (T, B, H): that of `lstm(h)`.
 
     On a CPU and without gradients it takes a fraction of the memory: nn.LSTM makes room for the
-    gates of all frames and computes its directions one after the other. Here they run side by side,
-    and each hands its state from block to block.
+    gates of all frames. Here each direction hands its state from block to block.
     """
     known = is_plain(lstm, nn.LSTM) and lstm.bias and not (lstm.proj_size or lstm.batch_first)
     if not known or lstm.training or torch.is_grad_enabled() or h.device.type != "cpu":
@@ -1124,17 +1092,14 @@ def run_lstm(lstm, h):
     directions = 1 + lstm.bidirectional
     for layer in range(lstm.num_layers):
         output = h.new_empty(*h.shape[:2], directions * lstm.hidden_size)
-
-        def run(direction):
+        for direction, outputs in enumerate(output.chunk(directions, -1)):
             weights = [w.to(h.dtype) for w in lstm.all_weights[layer * directions + direction]]
             state = [h.new_zeros(1, h.shape[1], lstm.hidden_size)] * 2
-            blocks = list(zip(h.split(1024), output.chunk(directions, -1)[direction].split(1024)))
+            blocks = list(zip(h.split(1024), outputs.split(1024)))
             for x, own in reversed(blocks) if direction else blocks:  # the second runs backwards
                 x = x.flip(0) if direction else x
                 y, *state = torch.lstm(x, state, weights, True, 1, 0.0, False, False, False)
                 own.copy_(y.flip(0) if direction else y)
-
-        in_parallel(run, range(directions))
         h = output
     return h
 
@@ -1142,17 +1107,13 @@ def run_lstm(lstm, h):
 def wiener_on_cpu(magnitudes, mixture, niter, level, bins=64):
     """`wiener` of 64 bins at a time, each block in a core's cache: several times as fast."""
     estimates = mixture.new_empty(magnitudes.mT.shape).mT  # (B, J, C, F, T)
-
-    def work(block):
-        b, f = block
+    for b, start in itertools.product(range(len(mixture)), range(0, mixture.shape[2], bins)):
+        b, f = slice(b, b + 1), slice(start, start + bins)
         # in memory (B, F, ..., T), as the filter works
         V = magnitudes[b, :, :, f].movedim(-2, 1).contiguous().movedim(1, -2)
         X = mixture[b, :, f].movedim(-2, 1).contiguous().movedim(1, -2)
         Y = V * X.sgn()[:, None]
         estimates[b, :, :, f] = expectation_maximization(Y, X, niter, level[b])
-
-    starts = itertools.product(range(len(mixture)), range(0, mixture.shape[2], bins))
-    in_parallel(work, [(slice(b, b + 1), slice(f, f + bins)) for b, f in starts])
     return estimates
 
 

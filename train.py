@@ -47,13 +47,11 @@ from utils import save_figure, select_device, use_amp
 # ------------------------------------------------------------------------- what one changes: a loss
 
 
-def compute_loss(network, x, y, args):
-    """A scalar from waveforms of mixture x (B, C, N) and target y (B, K * C, N), as --loss says."""
-    return LOSSES[args.loss](network, x, y, args)
-
-
 def mse_loss(network, x, y, args):
-    """Of magnitudes. STFT and loss are in float32, whatever the network is in."""
+    """A scalar from waveforms of mixture x (B, C, N) and target y (B, K * C, N): of magnitudes.
+
+    STFT and loss are in float32, whatever the network is in. `LOSSES` has others.
+    """
     X = magnitudes(x, args)  # (B, C, F, T)
     Y = magnitudes(y.unflatten(1, (-1, x.shape[1])), args).flatten(1, 2)  # (B, K * C, F, T)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
@@ -70,7 +68,7 @@ def train(network, state, loader, args, device, name):
     losses = []
     for x, y in tqdm(loader, name, unit="batch", leave=False, disable=args.quiet):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        loss = compute_loss(network, x, y, args)
+        loss = LOSSES[args.loss](network, x, y, args)
         state["optimizer"].zero_grad()
         loss.backward()
         state["optimizer"].step()
@@ -88,7 +86,7 @@ def train(network, state, loader, args, device, name):
 def validate(network, dataset, args, device):
     """The loss and METRICS, means over whole tracks, which processes share: {"valid_loss": ...}."""
     network.eval()
-    metrics = {"loss": compute_loss, **METRICS}
+    metrics = {"loss": LOSSES[args.loss], **METRICS}
     rank, _, world = process_rank()
     for buffer in network.buffers() if world > 1 else ():  # batch norms' statistics
         dist.broadcast(buffer, 0)
@@ -286,7 +284,7 @@ def compute_sdr(network, x, y, args):
     return sdr.where(energy > 0, torch.nan).nanmean()
 
 
-METRICS = {"SDR": compute_sdr}  # numbers of each validation track: {name: function as compute_loss}
+METRICS = {"SDR": compute_sdr}  # numbers of each validation track: {name: function as mse_loss}
 
 
 def try_nothing(network, dataset, record, args, device):

@@ -28,14 +28,6 @@ COLUMNS = ("trick", "lines", "of", "plain", "with it", "unit", "gain", "spread")
 # ------------------------------------------------------------------------------ the plain forms
 
 
-def in_parallel(work, items):
-    return [torch.inference_mode()(work)(item) for item in items]
-
-
-def absolute(X):
-    return X.abs()
-
-
 def standardised_linear(linear, x, mean, scale):
     return linear(((x + mean) * scale).flatten(-2))
 
@@ -85,8 +77,6 @@ def works_in_stages(network, x):
 
 
 PLAIN = {  # trick: (module, plain form, what it is to make better, functions that serve it alone)
-    "in_parallel": ("model", in_parallel, ("song",), ()),
-    "absolute": ("model", absolute, ("step", "song"), ()),
     "standardised_linear": ("model", standardised_linear, ("step", "song"), ()),
     "scaled_batch_norm": ("model", scaled_batch_norm, ("step", "song"), ()),
     "in_blocks": ("model", in_blocks, ("song", "long"), ()),

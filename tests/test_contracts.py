@@ -248,8 +248,8 @@ HACKS = {
             estimate = model.istft(network(X.abs()) * X.sgn(), x.shape[-1], args.nfft, args.nhop)
             return -10 * torch.log10(y.square().sum() / (y - estimate).square().sum())
 
-        train.METRICS["mse"] = train.compute_loss
-        train.compute_loss = negative_sdr
+        train.METRICS["mse"] = train.mse_loss
+        train.LOSSES["mse"] = negative_sdr
         """,
         flags="--lr-decay-patience 0 --patience 5" + SIZE,
         after="""

@@ -242,8 +242,8 @@ def test_channels_in_antiphase_but_for_rounding(monkeypatch):
     estimates = 0.1 * rng.standard_normal(references.shape)
     ours, theirs = bss_eval(references, estimates), by_museval(references, estimates)
     spread = largest_difference(theirs, by_museval(references[:, ::-1], estimates[:, ::-1]))
-    assert 0.01 < spread < 0.5
-    assert largest_difference(ours, theirs) < 3 * spread
+    assert spread > 0.01  # how much depends on the processor: 0.05 to 10 dB were seen
+    assert largest_difference(ours, theirs) < 10 * spread
     np.testing.assert_allclose(ours["SDR"], theirs["SDR"], atol=1e-6)  # needs no filters
     solve = np.linalg.solve
 

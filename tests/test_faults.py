@@ -38,6 +38,7 @@ import pytest
 import soundfile
 import test
 import torch
+import torch.nn.functional as F
 from conftest import FOLDER, InThisProcess, make_model, sdr, write_song
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -789,11 +790,11 @@ DEFECTS = {name: kind("a mistake of ours") for name, kind in (("TypeError", Type
 ENVIRONMENT = [
     *((f"reading: {name}", [fail(utils.AudioFile, "blocks", error), TEST], refused("error: ")) for name, error in ERRORS.items()),
     *((f"renaming: {name}", [fail(os, "replace", error), TEST], refused("error: ")) for name, error in ERRORS.items()),
-    *((f"training: {name}", [fail(train, "compute_loss", error), TRAIN], refused("error: ")) for name, error in ERRORS.items()),
+    *((f"training: {name}", [fail(F, "mse_loss", error), TRAIN], refused("error: ")) for name, error in ERRORS.items()),
     *((f"scoring: {name}", [fail(evaluation, "score", error), EVAL], refused("error: ")) for name, error in ERRORS.items()),
     *((f"one of a batch: {name}", [*THREE, fail(utils.AudioFile, "blocks", error, **SECOND_FAILS), BATCH], partly("1 of 3 files failed: b.wav")) for name, error in ERRORS.items()),
     *((f"separation, our own {name}", [fail(test, "separate", error), TEST], error) for name, error in DEFECTS.items()),
-    *((f"training, our own {name}", [fail(train, "compute_loss", error), TRAIN], error) for name, error in DEFECTS.items()),
+    *((f"training, our own {name}", [fail(F, "mse_loss", error), TRAIN], error) for name, error in DEFECTS.items()),
     *((f"scoring, our own {name}", [fail(evaluation, "score", error), EVAL], error) for name, error in DEFECTS.items()),
     ("nobody reads on, test", [*THREE, print_into("nobody"), BATCH], (141, "")),
     ("nobody reads on, eval", [print_into("nobody"), EVAL], (141, "")),
@@ -827,7 +828,7 @@ ENVIRONMENT = [
 PLACES = {
     TEST: (test, "resample_blocks"),
     EVAL: (evaluation, "oracle"),
-    TRAIN: (train, "compute_loss"),
+    TRAIN: (F, "mse_loss"),
 }
 SIGNALS = [  # item 3: ended in order, without leftovers, and the same command goes on
     *((f"{signal.Signals(number).name}, {command.split()[0]}", [send(number, *place), command], (128 + number, "")) for command, place in PLACES.items() for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)),

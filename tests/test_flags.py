@@ -284,7 +284,7 @@ def call(material, tmp_path_factory):
                 shutil.copytree(path, folder / path.name)
             else:
                 (folder / path.name).symlink_to(path)
-        epoch, loss = mock.Mock(wraps=train.train), mock.Mock(wraps=train.compute_loss)
+        epoch, loss = mock.Mock(wraps=train.train), mock.Mock(wraps=train.mse_loss)
         pool, wiener = mock.Mock(wraps=InThisProcess), mock.Mock(wraps=norbert.wiener)
         rising = ({"valid_loss": float(n), "valid_SDR": float(n)} for n in itertools.count())
         code, printed, complaint = 0, io.StringIO(), io.StringIO()
@@ -300,7 +300,7 @@ def call(material, tmp_path_factory):
             patch.setenv(utils.MIRROR, "http://127.0.0.1:9")
             patch.setattr(sys, "argv", [script, *shlex.split(command)])
             patch.setattr(train, "train", epoch)
-            patch.setattr(train, "compute_loss", loss)
+            patch.setitem(train.LOSSES, "mse", loss)
             patch.setattr(train, "input_statistics", input_statistics)
             if "--dry-run" not in command:  # losses that only rise, to see what patience does
                 patch.setattr(train, "validate", lambda *_: next(rising))

@@ -931,7 +931,7 @@ def test_metrics_share_one_pass(call, monkeypatch):
     monkeypatch.setattr(
         OpenUnmix, "forward", lambda self, x: runs.append(self.training) or forward(self, x)
     )
-    monkeypatch.setitem(train.METRICS, "mse", train.compute_loss)
+    monkeypatch.setitem(train.METRICS, "mse", train.mse_loss)
     call("--epochs", 1)
     found = record()
     assert found["valid_mse_history"] == found["valid_loss_history"]

@@ -171,7 +171,7 @@ def test_loss_is_that_of_all_sums(K, nb_channels):
     y[0, 0], y[1, -1] = 0, 1e-3 * y[1, -1]  # a silent source and a quiet one
     x = y.sum(1) + 0.01  # the mixture's file need not be the sum to the bit
     gradients = []
-    for loss in (train.compute_loss, plain_loss):
+    for loss in (train.xumx_loss, plain_loss):
         network.zero_grad()
         value = loss(network, x, y.flatten(1, 2), loss_args(nb_channels))
         value.backward()

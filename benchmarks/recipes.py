@@ -36,30 +36,35 @@ from test_readme import RECIPES, SCRIPTS, apply
 
 COLUMNS = ("difference", "p", "seconds", "lines", "seeds")  # beside the targets' SDR
 JOINT = "All targets in one pass"
+SCHEDULE, AUGMENTATION = "Another optimizer and schedule", "Another augmentation"
+AVERAGE, WIENER = "An average of the weights", "Another Wiener filter"
 ROWS = {  # name: the recipe, which of its diffs, and flags
-    "ReLU mask": (None, 0, "--mask relu"),
-    "convolutions": (None, 0, "--arch conv"),
-    "GRU": ("Another network", 0, "--arch gru"),
-    "half the hidden size": (None, 0, "--hidden-size {half}"),
-    "twice the hidden size": (None, 0, "--hidden-size {double}"),
-    "STFT of 2048": (None, 0, "--nfft 2048 --nhop 512"),
-    "log input": ("Another representation", 0, ""),
     "L1": ("Another loss", 0, ""),
     "compressed magnitudes": ("Another loss", 1, ""),
     "time-domain loss": ("Another loss", 2, ""),
-    "share of the mixture, no Wiener filter": ("Another Wiener filter", 0, ""),
-    "average of the weights": ("An average of the weights", 0, ""),
-    "AdamW, cosine": ("Another optimizer and schedule", 0, ""),
-    "one cycle": ("Another optimizer and schedule", 1, ""),
+    "AdamW, cosine": (SCHEDULE, 0, ""),
+    "one cycle": (SCHEDULE, 1, ""),
+    "average of the weights": (AVERAGE, 0, ""),
+    "L1; AdamW, cosine": (SCHEDULE, 0, "--loss l1"),
+    "L1; average of the weights": (AVERAGE, 0, "--loss l1"),
+    "ReLU mask": (None, 0, "--mask relu"),
+    "half the hidden size": (None, 0, "--hidden-size {half}"),
+    "twice the hidden size": (None, 0, "--hidden-size {double}"),
+    "GRU": ("Another network", 0, "--arch gru"),
+    "convolutions": (None, 0, "--arch conv"),
+    "log input": ("Another representation", 0, ""),
+    "STFT of 2048": (None, 0, "--nfft 2048 --nhop 512"),
     "no augmentation": (None, 0, "--source-augmentations"),
-    "polarity": ("Another augmentation", 0, "--source-augmentations gain channelswap polarity"),
-    "two songs' same source": ("Another augmentation", 1, ""),
+    "polarity": (AUGMENTATION, 0, "--source-augmentations gain channelswap polarity"),
+    "limiter": (AUGMENTATION, 1, "--source-augmentations gain channelswap limiter"),
+    "two songs' same source": (AUGMENTATION, 2, ""),
+    "share of the mixture, no Wiener filter": (WIENER, 0, ""),
     "joint": (JOINT, 0, "--arch joint --target all"),
     "joint, X-UMX's loss": (JOINT, 0, "--arch joint --target all --loss xumx"),
     "X-UMX, loss alone": (JOINT, 1, "--arch apart --target all --loss xumx"),
     "X-UMX, bridges alone": (None, 0, "--arch xumx --target all"),
     "X-UMX": (None, 0, "--arch xumx --target all --loss xumx"),
-    "X-UMX, through the Wiener filter": ("Another Wiener filter", 1, "--arch xumx --target all"),
+    "X-UMX, through the Wiener filter": (WIENER, 1, "--arch xumx --target all"),
 }
 
 

@@ -978,6 +978,8 @@ def stft_blocks(audio, frames, n_fft=4096, n_hop=1024):
     x, before = [], 0  # blocks from frame -before on
     for block in itertools.chain(audio, [None]):
         x = [*x, block] if block is not None else x
+        if not x:
+            raise UserError("the recording has no samples")
         size = max(n_fft // 2 + 1, (before + frames) * n_hop + reach)
         if block is not None and sum(part.shape[-1] for part in x) < size:
             continue

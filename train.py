@@ -182,8 +182,7 @@ def main(arguments=None):
                 save_training(state, record, args)
                 if args.dry_run:
                     break
-    if trainings and len(args.seeds) > 1:
-        keep_best(Path(flags.output), args)
+    keep_best(Path(flags.output), args)
     finish(flags, args)
     return Path(flags.output)
 
@@ -565,7 +564,9 @@ def with_seed(args, seed, folder):
 
 def keep_best(folder, args):
     """Copy the best of each target's trainings, one per seed, to the model folder itself."""
-    for target in args.target if process_rank()[0] == 0 else ():
+    targets = {path.stem for path in folder.glob("seed-*/*.chkpnt")}
+    targets -= {path.stem for path in folder.glob("*.chkpnt")}  # trained there, with one seed
+    for target in sorted(targets) if process_rank()[0] == 0 else ():
         scores = {path: load(path)["best_score"] for path in folder.glob(f"seed-*/{target}.json")}
         best = min(scores, key=scores.get)
         for path in (best.with_name("separator.json"), *sorted(best.parent.glob(f"{target}.*"))):

@@ -113,5 +113,12 @@ def test_what_is_not_causal_is_refused(folder, name):
     assert complaint.startswith(f"error: {name}: not causal by its LSTM alone; train it")
 
 
+def test_no_samples(folder):
+    done = subprocess.run(
+        [sys.executable, LIVE, "--model", "causal"], cwd=folder, input=b"", capture_output=True
+    )
+    assert done.returncode == 2 and done.stderr == b"error: the recording has no samples\n"
+
+
 def test_length():
     assert len(LIVE.read_text(encoding="utf-8").splitlines()) <= 60

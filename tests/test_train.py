@@ -1012,8 +1012,21 @@ def test_several_seeds_go_on(call):
     assert equal(checkpoint("cut/seed-1"), checkpoint("whole/seed-1"))
     assert equal(state, checkpoint("cut/seed-3"))
     assert record("cut")["args"]["seed"] == record("whole")["args"]["seed"]
+    best = record("cut")
+    for path in Path("cut").glob("vocals.*"):  # killed after the last training, before the best was copied
+        path.unlink()
     code, printed, _ = call("--checkpoint", "cut")
     assert code == 0 and "all its trainings are finished" in printed
+    assert record("cut") == best
+
+
+def test_a_later_training_with_one_seed_stays(call):
+    call("--epochs", 1, "--seed", 3, 1)
+    call("--epochs", 1, "--seed", 5)
+    for command in ((), ("--checkpoint", "open-unmix")):
+        if command:
+            assert call(*command)[0] == 0
+        assert record("open-unmix")["args"]["seed"] == 5
 
 
 def test_samples_per_epoch(call):

@@ -127,6 +127,7 @@ def kept_network(state):
 
 PRESETS = {  # the flags that a preset changes; those given by hand win
     "umx": "",  # the published recipe
+    "best": 'arch=xumx loss=xumx target=["all"]',  # what helped in benchmarks/recipes.py
     "tutorial": "loss=l1 epochs=26 batch_size=4 seq_dur=3.0 samples_per_epoch=384 hidden_size=256"
     " lr=0.002 lr_decay_patience=3",
 }
@@ -396,7 +397,8 @@ def make_parser():
     add("--model", help=text)
 
     add = parser.add_argument_group("training").add_argument
-    text = "umx: the published recipe; tutorial: minutes (default without --root)"
+    text = "umx: the published recipe; best: that of X-UMX, all four sources in one network; "
+    text += "tutorial: minutes (default without --root)"
     add("--preset", choices=list(PRESETS), help=text)
     text = "of magnitudes: mse, l1; xumx: also of waveforms, and of all sums of sources"
     add("--loss", choices=list(LOSSES), default="mse", help=text)

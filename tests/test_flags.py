@@ -150,6 +150,7 @@ ROWS = {
         (TUNE, "--model model", lambda seen: seen.network.made_with["mask"], "relu"),
         # training
         (TRAIN, "--preset tutorial", optimizer("lr"), 0.002),
+        (TRAIN, "--preset best", exists("open-unmix/all.pth"), True),
         (TRAIN, "--loss xumx", weights, DIFFERENT),
         (SMALL, "--epochs 2", lambda seen: len(rates(seen)), 2),
         (TRAIN, "--batch-size 3", lambda seen: seen.batches[0], (3, 2, 1600)),

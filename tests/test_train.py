@@ -1013,7 +1013,7 @@ def test_several_seeds_go_on(call):
     assert equal(state, checkpoint("cut/seed-3"))
     assert record("cut")["args"]["seed"] == record("whole")["args"]["seed"]
     best = record("cut")
-    for path in Path("cut").glob("vocals.*"):  # killed after the last training, before the best was copied
+    for path in Path("cut").glob("vocals.*"):  # killed before the best was copied
         path.unlink()
     code, printed, _ = call("--checkpoint", "cut")
     assert code == 0 and "all its trainings are finished" in printed
@@ -1053,6 +1053,9 @@ def test_presets():
         args = train.parse_args(arguments)[0]
         assert {name: getattr(args, name) for name in recipe} == recipe
         assert args.preset == "umx" and args.target == ["vocals"]
+    best = train.parse_args(["--root", "x", "--preset", "best"])[0]
+    changed = {"arch": "xumx", "loss": "xumx", "target": ["all"], "preset": "best"}
+    assert vars(best) == {**vars(args), "root": "x", **changed}
     small = train.parse_args([])[0]
     assert small.preset == "tutorial" and small.epochs < 50 and small.hidden_size < 512
     assert train.parse_args(["--root", "x", "--preset", "tutorial"])[0].epochs == small.epochs

@@ -183,7 +183,8 @@ def main(arguments=None):
                 save_training(state, record, args)
                 if args.dry_run:
                     break
-    keep_best(Path(flags.output), args)
+    if flags.checkpoint or len(args.seeds) > 1:
+        keep_best(Path(flags.output), args)
     finish(flags, args)
     return Path(flags.output)
 
@@ -566,7 +567,7 @@ def with_seed(args, seed, folder):
 
 def keep_best(folder, args):
     """Copy the best of each target's trainings, one per seed, to the model folder itself."""
-    targets = {path.stem for path in folder.glob("seed-*/*.chkpnt")}
+    targets = {path.stem for path in folder.glob("seed-*/*.json")} - {"separator"}
     targets -= {path.stem for path in folder.glob("*.chkpnt")}  # trained there, with one seed
     for target in sorted(targets) if process_rank()[0] == 0 else ():
         scores = {path: load(path)["best_score"] for path in folder.glob(f"seed-*/{target}.json")}

@@ -350,7 +350,8 @@ class Input:
             yield block
             speed = self.bar.n / (time.time() - self.start)
             self.bar.set_postfix_str(f"{speed:.1f} times as fast as it plays", refresh=False)
-            self.bar.update(share * block.shape[1] / self.recording.rate)
+            seconds = share * block.shape[1] / self.recording.rate
+            self.bar.update(min(seconds, self.bar.total - self.bar.n))  # their sum is rounded
 
 
 class Stem:

@@ -268,6 +268,12 @@ def test_progress(song, model_folder, tmp_path):
     assert "Next: " in printed
 
 
+def test_progress_of_a_rounded_length(song, model_folder, tmp_path):
+    write(tmp_path / "song.wav", song[:, : round(1.94 * 44100)])
+    _, bar = run_script("test.py", "song.wav", "--model", model_folder, cwd=tmp_path)
+    assert "1.9/1.9 s of audio [" in bar and "Warning" not in bar
+
+
 def test_progress_of_a_network_that_listens_once(song, tmp_path, capsys):
     """A network without stages may need one pass only: the bar ends at its end all the same."""
     write(tmp_path / "song.wav", song)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import SOURCES, UserError, atomic_write, check_name, download, load, precise
-from utils import select_device, use_amp
+from utils import SOURCES, UserError, atomic_write, check_name, download, has_bfloat16, load
+from utils import precise, select_device, use_amp
 
 # ------------------------------------------------------------------------------------------ STFT
 
@@ -447,8 +447,9 @@ class Separator(nn.Module):
         return stream(self, audio)
 
     def precision(self, device):
-        """The context in which networks compute: bfloat16 with `.amp`."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp)
+        """The context in which networks compute: with `.amp` bfloat16, where the device has it."""
+        enabled = self.amp and has_bfloat16(device)
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     def stack(self, estimates):
         """What each network estimates, (B, K * C, F, T) -> that of all (B, J, C, F, T)."""

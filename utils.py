@@ -259,14 +259,16 @@ def precise(device):
     return torch.device("cpu") if device.type in NO_DOUBLES else device
 
 
+def has_bfloat16(device):
+    """Whether `device` computes in bfloat16: older CPUs crawl, or oneDNN refuses there."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def use_amp(wanted, device):
-    """Whether to compute in bfloat16: where it is wanted, unless this CPU would crawl or refuse."""
-    if not wanted or torch.device(device).type != "cpu":
-        return bool(wanted)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return True
-    print("this CPU has no bfloat16 instructions: --amp is left out, float32 is used")
-    return False
+    """Whether to compute in bfloat16: where it is wanted and can be had."""
+    if wanted and not has_bfloat16(device):
+        print("this CPU has no bfloat16 instructions: --amp is left out, float32 is used")
+    return bool(wanted) and has_bfloat16(device)
 
 
 # ------------------------------------------------------------------------ files

@@ -45,7 +45,7 @@ from model import (
     wiener_on_cpu,
     works_in_stages,
 )
-from utils import UserError, load, save
+from utils import UserError, has_bfloat16, load, save
 
 norbert = pytest.importorskip("norbert")
 openunmix = pytest.importorskip("openunmix")
@@ -611,16 +611,19 @@ def test_wrong_number_of_sources_is_an_error(sources):
 
 
 def test_amp_has_an_effect_in_forward_and_stream(excerpt, networks):
-    """bfloat16 keeps 25 dB; the estimates are in float32 all the same."""
+    """bfloat16 keeps 25 dB; the estimates are in float32 all the same. A CPU without: float32."""
     separator = Separator(networks).eval()
     audio = excerpt["mixture"][None, :, :60000]
     with torch.no_grad():
         whole = separator(audio)
         separator.amp = True
         lower = separator(audio)
+    parts = streamed(separator, audio[0])
     assert lower.dtype == torch.float32
-    assert 25 < sdr(whole, lower) < 80
-    assert 25 < sdr(whole[0], streamed(separator, audio[0])) < 80
+    if has_bfloat16("cpu"):
+        assert 25 < sdr(whole, lower) < 80 and 25 < sdr(whole[0], parts) < 80
+    else:
+        assert torch.equal(whole, lower) and sdr(whole[0], parts) > 90
 
 
 # --------------------------------------------------------------------- recordings of any length

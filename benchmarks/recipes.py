@@ -12,7 +12,7 @@ seed by seed. Interrupted, it goes on with the next row and seed: each leaves a 
 A row's figure is the mean over the targets of the median over songs of their SDR (medians over
 frames). "difference" is to the base with the same seed: mean and deviation over the seeds. "p" is
 Wilcoxon's of the songs' differences (means over seeds and targets), paired: above 0.05 it may be
-chance, and with the six or seven synthesized songs it can't be below 0.016.
+the songs' chance. What the seeds' chance may be, the deviation tells.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from pathlib import Path
 import numpy as np
 from common import FOLDER, hardware_and_versions, print_rows
 from scipy.stats import wilcoxon
+
+from data import SONGS, find_synthetic
 
 sys.path.insert(0, str(FOLDER / "tests"))
 from test_readme import RECIPES, SCRIPTS, apply
@@ -174,7 +176,8 @@ def parse_args():
     add("--epochs", type=int, default=20, help="of each training; the rest is the tutorial preset")
     add("--hidden-size", type=int, default=256, help="of the base")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    add("--data", default="--dataset synthetic", help="flags of train.py and eval.py")
+    add("--data", default="", help="flags of train.py and eval.py, in place of synthesized songs")
+    add("--songs", type=int, default=24, help="synthesized songs to score, beside the real one")
     add("--training", default="", help='more flags of every training, such as "--device cuda"')
     equal = "rows also with as many epochs as take the base's seconds"
     add("--equal-seconds", action="store_true", help=equal)
@@ -187,6 +190,9 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if not args.data:
+        songs = find_synthetic(args.output.resolve() / "songs", songs={**SONGS, "test": args.songs})
+        args.data = f"--dataset synthetic --root {shlex.quote(str(songs))}"
     rows = {args.folder.resolve().name: (None, 0, args.flags)} if args.folder else {}
     rows = {"base": (None, 0, ""), **(rows or {name: ROWS[name] for name in args.rows})}
     table, base = [], {}

@@ -1186,5 +1186,6 @@ def test_synthesized_song(seed):
 def test_synthesized_songs_of_before():
     """This project's published figures come from songs of these levels."""
     song = data.synthesize_song(3, 4.0)
-    levels = {name: round(float(audio.std(dtype=np.float64)), 6) for name, audio in song.items()}
-    assert levels == {"drums": 0.064716, "bass": 0.064656, "other": 0.066315, "vocals": 0.060441}
+    levels = {name: float(audio.std(dtype=np.float64)) for name, audio in song.items()}
+    before = {"drums": 0.064716, "bass": 0.064656, "other": 0.066315, "vocals": 0.060441}
+    assert levels == pytest.approx(before, abs=5e-6)  # processors round differently

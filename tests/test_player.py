@@ -63,7 +63,7 @@ def path(tmp_path_factory):
     return folder / "index.html"
 
 
-def wait(condition, seconds=3):
+def wait(condition, seconds=30):
     """The first true value of condition(); fades and audio devices take their time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -203,11 +203,14 @@ def test_keys(player):
     assert player.pressed("solo") == ["drums", "other"]
     player.press("0")
     assert player.heard() == STEMS and player.pressed("solo") == []
+    player.press(Keys.SPACE)  # time stands still, however slow the browser is
+    player.seek(0.25)
     before = player.ask("currentTime()")
     player.press(Keys.ARROW_RIGHT)
-    assert player.ask("currentTime()") == pytest.approx(before + 5, abs=0.5)
+    assert player.ask("currentTime()") == pytest.approx(before + 5, abs=0.01)
     player.press(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
-    assert player.ask("currentTime()") < 1
+    assert player.ask("currentTime()") == 0
+    player.press(Keys.SPACE)
     player.press(Keys.ARROW_DOWN, Keys.ARROW_DOWN)
     assert player.ask("volume") == pytest.approx(0.9)
     player.click("drums", "mute")  # a clicked button must not catch the space bar
@@ -225,7 +228,7 @@ def test_seek_drag_and_end(player):
     player.press(Keys.SPACE)
     player.seek(0.75, "bass")
     assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(
-        0.75 * SECONDS, abs=0.5
+        0.75 * SECONDS, abs=2
     )
     assert player.heard() == STEMS
     wave = player.driver.find_element(By.CSS_SELECTOR, ".wave")
@@ -234,7 +237,7 @@ def test_seek_drag_and_end(player):
         -round(width / 4), 0
     ).release().perform()
     assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(
-        SECONDS / 4, abs=0.5
+        SECONDS / 4, abs=2
     )
     player.seek(0.98)
     wait(lambda: not player.ask("playing"))

@@ -715,8 +715,8 @@ def loss_of_sums(V, x, y, args):
     errors = errors.permute(1, 4, 0, 2, 3).flatten(1)  # (K, T * B * C * F)
     mse = pair_sums(sums, errors @ errors.mT).mean() / errors.shape[1]
     phases = stft(x, args.nfft, args.nhop).sgn()  # (B, C, F, T)
-    y_hat = [istft(v * phases, x.shape[-1], args.nfft, args.nhop) for v in V.unbind(1)]
-    return mse + 10 * (1 - weighted_sdr(torch.stack(y_hat, 1), y, x, sums))
+    y_hat = istft(V * phases[:, None], x.shape[-1], args.nfft, args.nhop)  # (B, K, C, N)
+    return mse + 10 * (1 - weighted_sdr(y_hat, y, x, sums))
 
 
 def weighted_sdr(y_hat, y, x, sums, eps=1e-10):

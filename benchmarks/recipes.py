@@ -66,6 +66,7 @@ ROWS = {  # name: the recipe, which of its diffs, and flags
     "X-UMX, loss alone": (JOINT, 1, "--arch apart --target all --loss xumx"),
     "X-UMX, bridges alone": (None, 0, "--arch xumx --target all"),
     "X-UMX": (None, 0, "--arch xumx --target all --loss xumx"),
+    "X-UMX; AdamW, cosine": (SCHEDULE, 0, "--arch xumx --target all --loss xumx"),
     "X-UMX, through the Wiener filter": (WIENER, 1, "--arch xumx --target all"),
 }
 

@@ -311,7 +311,7 @@ def index_trackfolder_var(root, split, target_file="vocals.wav", ext=".wav", sil
     wanted = Path(target_file).stem
     for folder in track_folders(root, split, [] if silence_missing else [target_file]):
         target = find_file(folder, target_file)
-        others = [p for p in visible(folder, ext) if p != target and p.stem != "mixture"]
+        others = [p for p in visible(folder, ext) if p != target and p.stem.lower() != "mixture"]
         if target and not others:
             raise UserError(f"{folder}: no file *{ext} to mix with {target.name}; see --ext")
         check_sources([wanted, *(path.stem for path in others)], folder)
@@ -351,7 +351,8 @@ def track_folders(root, split, files):
 def visible(folder, ending=""):
     """What a folder holds, sorted, but nothing hidden (macOS leaves ._vocals.wav about)."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if path.name.endswith(ending) and path.name[0] != "."]
+    found = [path for path in found if path.name.lower().endswith(ending.lower())]
+    return [path for path in found if path.name[0] != "."]
 
 
 def find_file(folder, name):

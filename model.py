@@ -16,22 +16,29 @@ import itertools
 import json
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import SOURCES, UserError, atomic_write, check_name, download, has_bfloat16, load
-from utils import precise, select_device, use_amp
+from utils import SOURCES, UserError, atomic_write, check_name, code_of, download, has_bfloat16
+from utils import load, patched, precise, select_device, use_amp
 
 # ------------------------------------------------------------------------------------------ STFT
 
 
+def stft_window(n_fft, like):
+    """The window of `stft` and of its inverse: periodic Hann; device and precision of `like`."""
+    return torch.hann_window(n_fft, device=like.device, dtype=like.dtype)
+
+
 def stft(waveform, n_fft=4096, n_hop=1024):
-    """Short-time Fourier transform: periodic Hann window, centred frames, reflected edges.
+    """Short-time Fourier transform: `stft_window`, centred frames, reflected edges.
 
     Args:
         waveform: (..., N) real.
@@ -41,7 +48,7 @@ def stft(waveform, n_fft=4096, n_hop=1024):
     """
     shortage = n_fft // 2 + 1 - waveform.shape[-1]
     x = F.pad(waveform, (0, max(0, shortage))).flatten(0, -2)  # (everything else, N)
-    window = torch.hann_window(n_fft, device=x.device, dtype=x.dtype)
+    window = stft_window(n_fft, x)
     X = torch.stft(x, n_fft, n_hop, window=window, pad_mode="reflect", return_complex=True)
     return X.unflatten(0, waveform.shape[:-1])  # (..., F, T)
 
@@ -49,7 +56,7 @@ def stft(waveform, n_fft=4096, n_hop=1024):
 def istft(spectrum, length, n_fft=4096, n_hop=1024):
     """Inverse of `stft`: (..., F, T) complex -> (..., N) real with N = `length`."""
     X = spectrum.flatten(0, -3)
-    window = torch.hann_window(n_fft, device=X.device, dtype=X.real.dtype)
+    window = stft_window(n_fft, X.real)
     x = torch.istft(X, n_fft, n_hop, window=window, length=max(length, n_fft // 2 + 1))
     return x[..., :length].unflatten(0, spectrum.shape[:-2])  # (..., N)
 
@@ -257,6 +264,9 @@ def make_network(arch="blstm", **settings):
         raise UserError(f"--arch {arch}: model.py has no such network, only {list(ARCHITECTURES)}")
     taken = arguments_of(ARCHITECTURES[arch])
     settings = {key: value for key, value in settings.items() if key in taken}
+    for argument in inspect.signature(ARCHITECTURES[arch]).parameters.values():
+        if isinstance(argument.default, int | float | str | list | tuple):  # as it is today
+            settings.setdefault(argument.name, argument.default)
     network = ARCHITECTURES[arch](**settings)
     network.made_with = {"arch": arch, **settings}
     return network
@@ -302,7 +312,8 @@ def wiener(magnitudes, mixture, niter=1):
         return wiener(magnitudes.to(device), mixture.to(device), niter).to(mixture.device)
     level = mixture.abs().amax((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     gradients = magnitudes.requires_grad or mixture.requires_grad
-    if niter and mixture.device.type == "cpu" and not (torch.is_grad_enabled() and gradients):
+    alone = not (torch.is_grad_enabled() and gradients)
+    if FAST and niter and mixture.device.type == "cpu" and alone:
         return wiener_on_cpu(magnitudes, mixture, niter, level)
     estimates = magnitudes * mixture.sgn()[:, None]  # sgn(X) is exp(i angle(X)), or 0 where X is 0
     return expectation_maximization(estimates, mixture, niter, level) if niter else estimates
@@ -323,7 +334,7 @@ def expectation_maximization(Y, X, niter=1, level=None):
     unit = (level / 10).clamp_min(1e-15).square()  # of power
     x = X.movedim(2, 1).contiguous()  # (B, F, C, T)
     y = Y.movedim(3, 1).contiguous()  # (B, F, J, C, T)
-    share = filter_stereo if x.shape[2] == 2 else filter_sources
+    share = filter_stereo if FAST and x.shape[2] == 2 else filter_sources
     for _ in range(niter):
         v = (y.real.square() + y.imag.square()).mean(-2) / unit  # power of each source (B, F, J, T)
         total = EPS + v.sum(-1, dtype=torch.float64)  # over time (B, F, J)
@@ -476,8 +487,8 @@ class Separator(nn.Module):
             known = {
                 k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple)
             }
-            networks.append((type(module).__qualname__, sorted(known.items())))
-        function = getattr(self.wiener, "__qualname__", repr(self.wiener))
+            networks.append((code_of(type(module)), sorted(known.items())))
+        function = code_of(self.wiener)
         settings = [self.targets, self.niter, self.softmask, self.wiener_win_len, self.nb_channels]
         settings += [self.sample_rate, self.n_fft, self.n_hop, self.amp, function]
         digest = hashlib.blake2b(repr([networks, settings]).encode(), digest_size=16)
@@ -623,7 +634,14 @@ def load_network(path, record_path, settings, device="cpu"):
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path}: holds no weights; replace it")
     record = load(record_path) if record_path else {"args": {}}
-    made_with = record.get("network") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise UserError(f"{record_path}: is no JSON object; train the model again")
+    args = record.get("args")
+    for key in MUSIC.keys() & (args if isinstance(args, dict) else {}):
+        if args[key] is not None and args[key] != settings[key]:
+            says = f"was trained with {key} {args[key]}, separator.json says {settings[key]}"
+            raise UserError(f"{record_path}: {says}; keep it in a folder of its own")
+    made_with = record.get("network")
     if made_with is None:
         state = {name: value for name, value in state.items() if name not in OLD_BUFFERS}
         made_with = read_shapes(path, state, record, record_path, settings)
@@ -643,7 +661,21 @@ def load_network(path, record_path, settings, device="cpu"):
     for name, value in state.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: {name} has NaN or infinite values; train it again")
-    return network.to(device).eval()
+    network.to(device).eval()
+    before, now = record.get("output_sample"), output_sample(network, **wanted)
+    if before and not np.linalg.norm(np.subtract(now, before)) <= 0.01 * np.linalg.norm(before):
+        print(f"{path}: model.py gives other numbers than in training: restore it, or train again")
+    return network
+
+
+@torch.no_grad()
+def output_sample(network, nb_bins, nb_channels):
+    """64 values of a network's output for noise, by which a class that was changed is noticed."""
+    x = torch.rand(1, nb_channels, nb_bins, 64, generator=torch.Generator().manual_seed(0))
+    device = next(itertools.chain(network.parameters(), network.buffers(), [x])).device
+    y = network(100 * x.to(device) ** 4)  # (1, K * C, F, T)
+    numbers = y.float().flatten()
+    return numbers[:: max(1, len(numbers) // 63)].tolist()
 
 
 OLD_BUFFERS = {"stft.window", "transform.0.window", "sample_rate"}  # in the oldest published files
@@ -651,7 +683,7 @@ OLD_BUFFERS = {"stft.window", "transform.0.window", "sample_rate"}  # in the old
 
 def read_shapes(path, state, record, record_path, settings):
     """How the network of published weights is made; a record without a mask means ReLU."""
-    args = record.get("args", {}) if isinstance(record, dict) else None
+    args = record.get("args", {})
     if not isinstance(args, dict):
         raise UserError(f"{record_path}: args is no JSON object; train the model again")
     if not {"input_mean", "fc2.weight"} <= state.keys():
@@ -882,9 +914,20 @@ def stream(separator, audio, block=300):
     Yields:
         blocks (J, C, n) that join to the estimates.
     """
-    networks, heard = separator.networks, {}
     tensors = separator.parameters(), separator.buffers(), [torch.zeros(0)]
     device = next(itertools.chain(*tensors)).device
+    if same_as_plain(separator, device):
+        yield from stream_blocks(separator, audio, block, device)
+        return
+    tqdm.write("forward gives other numbers than its fast forms: separated by it, in one piece")
+    with patched(sys.modules[__name__], "FAST", False):
+        stems = separator(torch.cat([*audio], dim=-1)[None].to(device))[0]
+    yield stems
+
+
+def stream_blocks(separator, audio, block, device):
+    """`stream` by the fast forms of Separator.forward and of what it calls."""
+    networks, heard = separator.networks, {}
     nb_channels, n_fft, n_hop = separator.nb_channels, separator.n_fft, separator.n_hop
 
     def spectra(frames):
@@ -929,6 +972,7 @@ def stream(separator, audio, block=300):
                 yield [v[..., now] for v in V], X[..., now]
 
     example = torch.rand(1, nb_channels, n_fft // 2 + 1, 40, device=device)
+    example *= torch.linspace(0.1, 1, 40, device=device)  # halves that differ in level, too
     run = staged if all(works_in_stages(network, example) for network in networks) else whole
     estimates = (separator.filter(separator.stack(V), X) for V, X in run())  # (1, J, C, F, T)
     for stems in istft_blocks(estimates, lambda: heard["length"], n_fft, n_hop):
@@ -1004,7 +1048,7 @@ def istft_blocks(spectra, length, n_fft=4096, n_hop=1024):
     position, tails = -(n_fft // 2), (0, 0)
     for X in spectra:
         hops = X.shape[-1] * n_hop
-        window = torch.hann_window(n_fft, device=X.device, dtype=X.real.dtype)
+        window = stft_window(n_fft, X.real)
         frames = torch.fft.irfft(X.mT, n=n_fft)  # (..., T, n_fft)
         weights = window.expand(X.shape[-1], -1)
         sums = overlap_add(frames, window, n_hop), overlap_add(weights, window, n_hop)
@@ -1032,6 +1076,31 @@ def overlap_add(frames, window, n_hop):
 
 # --------------------------------------------------- fast forms, measured by benchmarks/tricks.py
 
+FAST = True  # False: the plain forms everywhere, which decide what is right
+
+
+@torch.inference_mode()
+def same_as_plain(separator, device):
+    """Whether a stream of noise, by fast forms, is what `forward` gives by the plain ones.
+
+    It is not where a plain form, or `forward` itself, was changed.
+    """
+    module, window = sys.modules[__name__], separator.wiener_win_len and 20
+    shape = max(2, separator.nb_channels), 32 * separator.n_hop
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = (noise * torch.linspace(0.01, 0.1, shape[1])).to(device)
+    with (
+        torch.random.fork_rng([]),
+        patched(separator, "amp", False),
+        patched(separator, "wiener_win_len", window),
+    ):
+        torch.manual_seed(0)
+        found = torch.cat([*stream_blocks(separator, [noise], 20, device)], dim=-1)
+        with patched(module, "FAST", False):
+            torch.manual_seed(0)
+            expected = separator(noise[None])[0]
+    return found.shape == expected.shape and (found - expected).norm() <= 1e-3 * expected.norm()
+
 
 def is_plain(layer, kind):
     """Whether a fast form may replace a layer: it is no subclass, and nobody listens to it.
@@ -1039,7 +1108,7 @@ def is_plain(layer, kind):
     An ONNX file gets the plain forms: traced, most fast ones would hold for one T only.
     """
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
-    return type(layer) is kind and not any(hooks) and not torch.onnx.is_in_onnx_export()
+    return FAST and type(layer) is kind and not (any(hooks) or torch.onnx.is_in_onnx_export())
 
 
 def standardised_linear(linear, x, mean, scale):
@@ -1073,11 +1142,15 @@ def in_blocks(function, *inputs, block=1024):
     """`function` of tensors (T, ...) that works frame by frame, on blocks of frames.
 
     What it needs in between then never exists for a whole recording: an hour takes 2 GB less.
-    With gradients, which keep all of it anyway, it is called once.
+    With gradients, which keep all of it anyway, and where frames prove to depend on others, it is
+    called once.
     """
-    if torch.is_grad_enabled() or len(inputs[0]) <= block:
+    if not FAST or torch.is_grad_enabled() or len(inputs[0]) <= block:
         return function(*inputs)
-    output = torch.empty_like(inputs[0])
+    few, more = (function(*(x[:size] for x in inputs)) for size in (block // 2, block))
+    if not torch.allclose(few, more[: block // 2], rtol=1e-3, atol=1e-5):
+        return function(*inputs)
+    output = few.new_empty(len(inputs[0]), *few.shape[1:])
     for part, *parts in zip(*(x.split(block) for x in (output, *inputs))):
         part.copy_(function(*parts))
     return output

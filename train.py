@@ -13,7 +13,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends at once: nothing is
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import itertools
 import json
@@ -39,10 +38,10 @@ from tqdm import tqdm
 from data import AUGMENTATIONS, LAYOUTS, SETS, fetch_set, index_dataset, load_datasets
 from data import most_common_rate
 from model import ARCHITECTURES, MASKS, arguments_of, bridge, istft, load_separator, magnitude
-from model import make_network, stft
-from utils import Parser, UserError, atomic_write, check_name, check_output, code_fingerprint
-from utils import figure, load, number, only_writer, patched, precise, process_rank, run, save
-from utils import save_figure, select_device, use_amp
+from model import make_network, output_sample, stft
+from utils import LOUDEST, Parser, UserError, atomic_write, check_name, check_output
+from utils import code_fingerprint, figure, load, number, only_writer, patched, precise
+from utils import process_rank, run, save, save_figure, select_device, use_amp
 
 # ------------------------------------------------------------------------- what one changes: a loss
 
@@ -86,15 +85,16 @@ def train(network, state, loader, args, device, name):
 def validate(network, dataset, args, device):
     """The loss and METRICS, means over whole tracks, which processes share: {"valid_loss": ...}."""
     network.eval()
-    metrics = {"loss": LOSSES[args.loss], **METRICS}
+    metrics = {"loss": None} | METRICS | {"loss": LOSSES[args.loss]}
     rank, _, world = process_rank()
     for buffer in network.buffers() if world > 1 else ():  # batch norms' statistics
         dist.broadcast(buffer, 0)
     sums = {name: [0.0, 0] for name in metrics}  # of the values, and how many
     for index in range(rank, 1 if args.dry_run else len(dataset), world):
         x, y = (waveform[None].to(device) for waveform in dataset[index])
-        with patched(network, "forward", computed_once(network.forward)):
-            for name, metric in metrics.items():
+        shared = []
+        for name, metric in metrics.items():
+            with patched(network, "forward", computed_once(network, shared)):
                 value = float(metric(network, x, y, args))
                 if name == "loss" or not math.isnan(value):  # no SDR where the target is silent
                     sums[name] = [sums[name][0] + value, sums[name][1] + 1]
@@ -148,7 +148,9 @@ def main(arguments=None):
         args.amp = use_amp(args.amp, device)
         tracks = index_tracks(args)
         network = networks.pop(0) or new_network(args)
-        train_set, valid_set, mixtures = make_datasets(tracks, sources_of(target, network), args)
+        sources = sources_of(target, network)
+        train_set, valid_set, mixtures = make_datasets(tracks, sources, args)
+        check_examples(target, train_set, valid_set, args)
         if not (checkpoint or args.model):
             if flags.checkpoint or not statistics:  # else all targets have the same mixtures
                 statistics = input_statistics(mixtures, args, device)
@@ -157,7 +159,7 @@ def main(arguments=None):
         rehearse(network, valid_set, record, args)
         if not flags.checkpoint and target == args.target[0]:
             for folder in dict.fromkeys([Path(flags.output), Path(args.output)]):
-                prepare_folder(folder, args)
+                prepare_folder(folder, sources, args)
         with only_training(target, args), tf32(device):
             state = make_state(network.to(device), args)
             if checkpoint:
@@ -175,8 +177,10 @@ def main(arguments=None):
                 metrics.update(validate(kept_network(state), valid_set, args, device))
                 metrics["lr"] = state["optimizer"].param_groups[0]["lr"]
                 check_finite([torch.tensor(metrics["valid_loss"])], f"{name}, validation", args)
-                plateau = isinstance(state["scheduler"], ReduceLROnPlateau)
-                state["scheduler"].step(*[to_minimize(metrics, args)] * plateau)
+                scheduler = state.get("scheduler")
+                plateau = isinstance(scheduler, ReduceLROnPlateau)
+                if scheduler:
+                    scheduler.step(*[to_minimize(metrics, args)] * plateau)
                 state["stopping"].step(to_minimize(metrics, args), epoch)
                 metrics["train_time"] = time.time() - start
                 note_epoch(state, record, metrics, args)
@@ -294,24 +298,62 @@ def try_nothing(network, dataset, record, args, device):
     Raises UserError where the mixture is the target, or --select asks for what is not defined.
     """
 
-    def result(estimate):
-        called = []
-        with patched(network, "forward", lambda x: called.append(x) or estimate(x)):
-            return validate(network, dataset, args, device), called
+    x, y = (waveform.to(device) for waveform in dataset[0])
+    sources, seen = len(y) // len(x), []
 
-    sources = len(dataset[0][1]) // len(dataset[0][0])
-    nothing, called = result(lambda x: x.repeat(1, sources, 1, 1))
-    if not called:  # the loss looks into the network: what it gives is not that of doing nothing
+    def result(factor):
+        def estimate(X):
+            seen.append(X)
+            return factor * X.repeat(1, sources, 1, 1)
+
+        with patched(network, "forward", estimate):
+            return validate(network, dataset, args, device)
+
+    try:
+        nothing = result(1)
+    except UserError:
+        raise
+    except Exception:  # training will show what is wrong, if anything is
+        seen.clear()
+    if not seen:  # the loss looks into the network: what it gives is not that of doing nothing
         return
-    silence, _ = result(lambda x: x.repeat(1, sources, 1, 1) * 0)
-    target, sdr = record["target"], nothing.get("valid_SDR", 0)
+    silence = result(0)
+    target, sdr, X = record["target"], nothing.get("valid_SDR", math.nan), magnitudes(x[None], args)
+    if process_rank()[0] == 0 and not (X.shape == seen[0].shape and torch.allclose(X, seen[0])):
+        print(f"{target}: the loss gives the network no magnitudes of x: separation will, as ever")
     if sdr > 100:
         raise UserError(f"{target}: its input and target are identical; check the files")
     to_minimize(nothing, args)
     record["nothing"] = nothing
     mixture, silence = (f"loss {numbers['valid_loss']:.4g}" for numbers in (nothing, silence))
-    mixture = f"{mixture}, SDR {sdr:.2f} dB (the mixture as estimate)"
-    say(args, f"{target}: to beat: {mixture} and {silence}, SDR 0 dB (silence)")
+    sdr, zero = ("", "") if math.isnan(sdr) else (f", SDR {sdr:.2f} dB", ", SDR 0 dB")
+    say(
+        args,
+        f"{target}: to beat: {mixture}{sdr} (the mixture as estimate), {silence}{zero} (silence)",
+    )
+
+
+def check_examples(target, train_set, valid_set, args):
+    """Raises UserError where a first example is not (mixture (C, N), target (K * C, N))."""
+    for what, dataset in (("training", train_set), ("validation", valid_set)):
+        waveforms = dataset[0]
+        wrong = [] if len(waveforms) == 2 else ["is no pair of mixture and target"]
+        for name, z in zip(("mixture", "target"), waveforms):
+            plain = torch.is_tensor(z) and z.dtype == torch.float32 and z.ndim == 2
+            if not plain:
+                found = [getattr(z, name, "") for name in ("dtype", "shape")]
+                wrong.append(f"has a {name} that is no float32 tensor (C, N) but {type(z)} {found}")
+            elif not z.abs().max() <= LOUDEST:
+                wrong.append(f"has a {name} with samples of {z.abs().max():.4g}: 1 is full scale")
+        if not wrong:
+            x, y = waveforms
+            if args.nb_channels not in (1, len(x)) or len(y) % len(x):
+                counts = f"{len(x)} channels of mixture and {len(y)} of target"
+                wrong.append(f"has {counts}; --nb-channels is {args.nb_channels}")
+            if x.shape[1] != y.shape[1]:
+                wrong.append(f"has {x.shape[1]} samples of mixture and {y.shape[1]} of target")
+        if wrong:
+            raise UserError(f"{target}: the first {what} example {wrong[0]}")
 
 
 def rehearse(network, dataset, record, args):
@@ -328,10 +370,14 @@ def rehearse(network, dataset, record, args):
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         save_model(network, record, args, Path(folder))
         separator = load_separator(folder)
-        expected, loaded = network(X), separator.networks[0](X)
+        expected, again = network(X.clone()), network(X.clone())
+        loaded = separator.networks[0](X.clone())
         if expected.shape != (1, sources * X.shape[1], *X.shape[2:]):
             shapes = f"{tuple(expected.shape)} from {tuple(X.shape)} for {sources} sources"
             raise UserError(f"--arch {args.arch}: gives {shapes}, not (B, K * C, F, T)")
+        if not torch.allclose(expected, again, rtol=1e-4, atol=1e-6):
+            remedy = "what it keeps of one recording would get into the next"
+            raise UserError(f"--arch {args.arch}: called again it gives other numbers; {remedy}")
         if not torch.allclose(expected, loaded, rtol=1e-4, atol=1e-6):
             remedy = "whatever decides its output must be a parameter, a buffer or an argument"
             raise UserError(f"--arch {args.arch}: loaded again it gives other numbers; {remedy}")
@@ -808,8 +854,10 @@ def commit():
 def note_epoch(state, record, metrics, args):
     """Put an epoch's metrics on record and print them: whatever the dict holds."""
     stopping, epoch = state["stopping"], record["epochs_trained"] + 1
-    for name, value in metrics.items():
-        record.setdefault(f"{name}_history", []).append(value)
+    histories = {name[:-8]: record[name] for name in record if name.endswith("_history")}
+    for name in histories | metrics:  # a metric may be new, or gone, since a checkpoint
+        history = record.setdefault(f"{name}_history", [])
+        history += [math.nan] * (epoch - 1 - len(history)) + [metrics.get(name, math.nan)]
     record.update(epochs_trained=epoch, num_bad_epochs=stopping.bad_epochs)
     best = record["valid_loss_history"][stopping.best_epoch - 1]
     record.update(best_score=stopping.best, best_loss=best, best_epoch=stopping.best_epoch)
@@ -850,6 +898,7 @@ def save_model(network, record, args, folder):
             save(settings, path)
     target = folder / record["target"]
     save({name: value.cpu() for name, value in network.state_dict().items()}, f"{target}.pth")
+    record["output_sample"] = output_sample(network, args.nfft // 2 + 1, args.nb_channels)
     save(record, f"{target}.json")
 
 
@@ -874,6 +923,13 @@ def save_training(state, record, args):
             tensorboard(f"{path}.tensorboard").add_scalar(name[:-8], record[name][-1], epoch)
     states = {name: part.state_dict() for name, part in state.items()}
     save({"record": record, "state": states}, f"{path}.chkpnt")
+    if not epoch:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(f"{path}.chkpnt")
+        if unknown:
+            kinds = "flags and state_dicts may hold numbers, text, lists, dicts and tensors"
+            raise UserError(
+                f"{path}.chkpnt: could not be loaded, for {', '.join(unknown)}; {kinds}"
+            )
 
 
 def restore(state, checkpoint, args, given):
@@ -885,14 +941,26 @@ def restore(state, checkpoint, args, given):
         reason = " ".join(str(error).split()[:30])
         path = Path(args.output, checkpoint["record"]["target"])
         raise UserError(f"{path}.chkpnt: does not fit this training ({reason})") from None
-    for group in state["optimizer"].param_groups:
-        group.update({name: getattr(args, name) for name in given & {"lr", "weight_decay"}})
+    saved, scheduler = checkpoint["record"]["args"], state.get("scheduler")
+    groups = state["optimizer"].param_groups
+    rate = groups[0]["lr"] or saved["lr"]
+    for group in groups:  # each keeps its share of the rate
+        for name in (
+            group.keys() & {"lr", "initial_lr", "max_lr", "min_lr"} if "lr" in given else ()
+        ):
+            group[name] = args.lr * (group[name] / rate)
+        if "weight_decay" in given and group["weight_decay"] == saved["weight_decay"]:
+            group["weight_decay"] = args.weight_decay
+    if "lr" in given and hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [args.lr * (lr / rate) for lr in scheduler.base_lrs]
     for name, attribute in (("lr_decay_gamma", "factor"), ("lr_decay_patience", "patience")):
-        if name in given:
-            setattr(state["scheduler"], attribute, getattr(args, name))
+        if name in given and scheduler:
+            setattr(scheduler, attribute, getattr(args, name))
+    if getattr(scheduler, "total_steps", args.epochs) < args.epochs:
+        raise UserError(f"--epochs {args.epochs}: the schedule ends at {scheduler.total_steps}")
 
 
-def prepare_folder(folder, args):
+def prepare_folder(folder, sources, args):
     """Make the model folder; earlier files of the same targets go to previous/<n>/, or away."""
     if process_rank()[0] > 0:
         return
@@ -912,9 +980,16 @@ def prepare_folder(folder, args):
                 check_output(path, roots=data, ours=ours)
             earlier += [path] if path.exists() else []
     others = {path.stem for path in folder.glob("*.pth")} - set(args.target)
+    for other in sorted(others):
+        record = load(folder / f"{other}.json") if (folder / f"{other}.json").exists() else {}
+        theirs = {other, *((record.get("network") or {}).get("sources") or [])}
+        both = sorted(theirs & {*args.target, *sources})
+        if both:
+            what = f"{', '.join(both)} already, in {other}.pth"
+            raise UserError(f"{folder}: holds {what}; choose another --output")
     if others and settings.exists():
         theirs = load(settings)
-        for name in ("nfft", "nhop", "nb_channels"):
+        for name in ("sample_rate", "nfft", "nhop", "nb_channels"):
             if theirs.get(name) != getattr(args, name):
                 what = f"{', '.join(sorted(others))} with {name} {theirs.get(name)}"
                 raise UserError(f"{folder}: holds {what}; choose another --output")
@@ -1019,16 +1094,19 @@ def average(values):
     return values.tolist()
 
 
-def computed_once(function):
-    """`function` of one tensor, computed anew only for another one: a track's metrics share it."""
-    last = []
+def computed_once(network, shared):
+    """The network's forward; a first call takes the result of an earlier metric of the same track.
+
+    shared: [x, forward(x)] of that metric, or empty. A second call is computed anew.
+    """
+    forward, calls = network.forward, itertools.count()
 
     def call(x, *others, **named):
-        if others or named:
-            return function(x, *others, **named)
-        if not (last and x.shape == last[0].shape and torch.equal(x, last[0])):
-            last[:] = x, function(x)
-        return last[1].clone()
+        if next(calls) or others or named or network.training:
+            return forward(x, *others, **named)
+        if not (shared and x.shape == shared[0].shape and torch.equal(x, shared[0])):
+            shared[:] = x.clone(), forward(x)
+        return shared[1].clone()
 
     return call
 
@@ -1061,6 +1139,9 @@ def only_training(target, args):
         if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise UserError(f"another process ended; continue with: {continuing(args)}") from None
+    finally:
+        while WRITERS:
+            WRITERS.popitem()[1].close()
 
 
 def say(args, text):
@@ -1068,12 +1149,16 @@ def say(args, text):
         print(text)
 
 
-@functools.cache
+WRITERS = {}  # of a training's event files, by folder
+
+
 def tensorboard(folder):
-    """The writer of a training's event files."""
+    """The writer of a training's event files, which the training's end closes."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)
+    if folder not in WRITERS:
+        WRITERS[folder] = SummaryWriter(folder)
+    return WRITERS[folder]
 
 
 def plot_curves(record, path):

@@ -384,6 +384,35 @@ def code_fingerprint():
     return digest.hexdigest()[:16]
 
 
+code_fingerprint()  # now: what is edited later is not what runs
+
+
+def code_of(thing):
+    """What decides what a function or class does: its code and all of its and its parents' modules.
+
+    For what comes from a notebook or a package, which `code_fingerprint` does not see.
+    """
+    parents = inspect.getmro(thing) if inspect.isclass(thing) else [thing]
+    names = {getattr(parent, "__module__", None) or "builtins" for parent in parents}
+    code = [getattr(thing, "__qualname__", repr(thing)), compiled(thing)]
+    for name in sorted(names):
+        if name.partition(".")[0] not in ("torch", "builtins"):
+            others = vars(sys.modules[name]).items() if name in sys.modules else ()
+            own = [(k, v) for k, v in others if getattr(v, "__module__", None) == name]
+            code += [(key, compiled(value)) for key, value in sorted(own)]
+    return repr(code)
+
+
+def compiled(thing):
+    """The instructions and constants of a function, or of a class's methods."""
+    if inspect.isclass(thing):
+        return [(name, compiled(value)) for name, value in sorted(vars(thing).items())]
+    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", thing)
+    if not inspect.iscode(code):
+        return thing if isinstance(thing, int | float | str | bytes) else None
+    return [code.co_code, code.co_names, [*map(compiled, code.co_consts)]]
+
+
 def save(data, path):
     """Write a torch object (.pth, .chkpnt) or a JSON-able one (.json), whole or not at all."""
     if Path(path).suffix == ".json":

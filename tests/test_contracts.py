@@ -3,14 +3,22 @@
 A hack is a few lines run before the scripts, as a notebook would have them; `after` looks at what came of it.
 """
 
+import functools
+import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import FOLDER, write_song
+import torch
+from conftest import FOLDER, random_network, sdr, write_song
+
+import model
+import train
+import utils
 
 SMALL = "--dataset {dataset} --root {root} --nfft 256 --nhop 64 --seq-dur 0.3 --samples-per-track 2"
 SIZE = " --hidden-size 16"  # of what derives from OpenUnmix
@@ -431,3 +439,334 @@ def test_a_hackers_own_error_is_shown_in_full(root, tmp_path):
         and "Traceback" in done.stderr
         and "TypeError: unsupported" in done.stderr
     )
+
+
+# ---------------------------------------------------- what is edited is what runs: no fast form hides it
+
+PLAIN_STEREO = model.filter_sources
+
+
+def no_window(n_fft, like):
+    return torch.hamming_window(n_fft, device=like.device, dtype=like.dtype)
+
+
+def half_of_it(v, R, x, ridge):
+    return PLAIN_STEREO(v, R, x, ridge) / 2
+
+
+def smooth_over_bins(Y, X, niter=1, level=None):
+    return (Y + Y.roll(1, -2)) / 2
+
+
+class Halved(model.Separator):
+    def forward(self, audio):
+        return super().forward(audio) / 2
+
+
+class Centred(model.OpenUnmix):
+    def join(self, h, context):
+        return super().join(h - h.mean(0), context)
+
+
+class Levelled(model.OpenUnmix):
+    def encode(self, x):
+        return super().encode(x / x.amax((1, 2, 3), keepdim=True))
+
+
+EDITS = {  # (where, what, by what), and whether a line says that it is slow
+    "the window": ((model, "stft_window", no_window), False),
+    "the Wiener formula": ((model, "filter_sources", half_of_it), True),
+    "EM over neighbouring bins": ((model, "expectation_maximization", smooth_over_bins), True),
+    "Separator.forward": ((model, "Separator", Halved), True),
+    "a mean over time": ((model, "OpenUnmix", Centred), False),
+    "a level of the whole": ((model, "OpenUnmix", Levelled), False),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_of_plain_forms(name, monkeypatch, capfd):
+    """A stream of 100 s of frames is `forward` by the plain forms, as they are now."""
+    (owner, attribute, replacement), said = EDITS[name]
+    monkeypatch.setattr(owner, attribute, replacement)
+    network = model.OpenUnmix if attribute == "OpenUnmix" else None
+    torch.manual_seed(0)
+    networks = {}
+    for target in ("vocals", "drums"):
+        weights = random_network(1, nb_bins=129, max_bin=129, hidden_size=16).state_dict()
+        networks[target] = (network or model.OpenUnmix)(nb_bins=129, hidden_size=16).eval()
+        networks[target].load_state_dict(weights)
+    separator = model.Separator(networks, n_fft=256, n_hop=64, wiener_win_len=200).eval()
+    audio = torch.randn(2, 80_000) * torch.linspace(0.01, 0.1, 80_000)
+    with torch.no_grad():
+        monkeypatch.setattr(model, "FAST", False)
+        expected = separator(audio[None])[0]
+        monkeypatch.setattr(model, "FAST", True)
+        found = torch.cat([*separator.stream(audio.split(3000, -1))], dim=-1)
+    assert sdr(expected, found) > 80
+    assert ("in one piece" in capfd.readouterr().out) == said
+
+
+def notebook(code):
+    """A function or class as a cell would define it."""
+    names = {"__name__": "__main__", "model": model}
+    exec(textwrap.dedent(code), names)
+    return names["mine"]
+
+
+def test_what_a_notebook_redefines_is_noticed():
+    networks = {name: random_network(1, nb_bins=129, hidden_size=16) for name in ("a", "b")}
+    separator = model.Separator(networks, n_fft=256, n_hop=64)
+    digests = [separator.fingerprint()]
+    for factor in (1.0, 1.0, 0.5):
+        separator.wiener = notebook(f"mine = lambda V, X, niter=1: {factor} * V * X[:, None]")
+        digests.append(separator.fingerprint())
+    assert digests[1] == digests[2] and len({*digests}) == 3
+    for sign in "+-":
+        kind = notebook(f"""
+        class mine(model.OpenUnmix):
+            def decode(self, h, x):
+                return super().decode(h, x) {sign} 0.1
+        """)
+        network = kind(nb_bins=129, hidden_size=16)
+        digests.append(model.Separator({"a": network}, n_fft=256, n_hop=64).fingerprint())
+    assert len({*digests}) == 5
+
+
+# -------------------------------------------------------------- a model and the code that it was made by
+
+
+@pytest.fixture
+def small(root, tmp_path, monkeypatch):
+    """`train.main` on tiny songs, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    flags = (SMALL.replace("--quiet", "") + SIZE).format(root=root, dataset="musdb").split()
+    return functools.partial(small_training, flags)
+
+
+def small_training(flags, *more):
+    return train.main([*flags, "--epochs", "1", *more])
+
+
+def test_another_rate_in_a_folder(small, root):
+    small()
+    with pytest.raises(
+        utils.UserError, match=r"holds vocals with sample_rate 8000; choose another"
+    ):
+        small("--target", "drums", "--sample-rate", "4000")
+    settings = json.loads(Path("open-unmix/separator.json").read_text())
+    utils.save({**settings, "sample_rate": 4000}, "open-unmix/separator.json")
+    with pytest.raises(utils.UserError, match=r"was trained with sample_rate 8000, separator.json"):
+        model.load_separator("open-unmix")
+
+
+def test_a_target_twice_in_a_folder(small):
+    small()
+    with pytest.raises(
+        utils.UserError, match=r"holds vocals already, in vocals.pth; choose another"
+    ):
+        small("--preset", "best")
+    small("--preset", "best", "--output", "all")
+    with pytest.raises(utils.UserError, match=r"holds drums already, in all.pth; choose another"):
+        small("--target", "drums", "--output", "all")
+
+
+def test_a_class_changed_since_training(small, monkeypatch, capsys):
+    """A line says so; what the class had for defaults is on record."""
+    small("--preset", "best", "--output", "all")
+    monkeypatch.setattr(
+        model.XUMX.__init__, "__defaults__", (("drums", "bass", "other", "vocals"),)
+    )
+    assert model.load_separator("all").targets == [*utils.SOURCES]
+    assert "gives other numbers" not in capsys.readouterr().out
+    encode = model.OpenUnmix.encode
+    monkeypatch.setattr(model.OpenUnmix, "encode", lambda self, x: encode(self, x.log1p()))
+    model.load_separator("all")
+    assert "all.pth: model.py gives other numbers than in training" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------- what a training's parts may be
+
+
+def lambda_rates(network, args):
+    optimizer = torch.optim.Adam(
+        [
+            {"params": network.fc1.parameters(), "lr": args.lr / 100, "weight_decay": 0},
+            {
+                "params": network.lstm.parameters(),
+                "lr": args.lr,
+                "weight_decay": args.weight_decay,
+            },
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (epoch + 1))
+    return {"optimizer": optimizer, "scheduler": schedule}
+
+
+def one_cycle(network, args):
+    optimizer = torch.optim.Adam(network.parameters())
+    kind = torch.optim.lr_scheduler.OneCycleLR
+    return {"optimizer": optimizer, "scheduler": kind(optimizer, args.lr, total_steps=2)}
+
+
+def no_schedule(network, args):
+    return {"optimizer": torch.optim.Adam(network.parameters(), lr=args.lr)}
+
+
+def use_parts(monkeypatch, parts):
+    def make_state(network, args):
+        stopping = train.EarlyStopping(args.patience)
+        return {"network": network, **parts(network, args), "stopping": stopping}
+
+    monkeypatch.setattr(train, "make_state", make_state)
+
+
+def test_a_rate_by_hand_keeps_groups_and_schedule(small, monkeypatch):
+    use_parts(monkeypatch, lambda_rates)
+    small()
+    more = ["--lr", "0.0005", "--weight-decay", "0.1"]
+    train.main(["--checkpoint", "open-unmix", "--epochs", "3", *more])
+    checkpoint = utils.load("open-unmix/vocals.chkpnt")
+    slow, fast = checkpoint["state"]["optimizer"]["param_groups"]
+    assert checkpoint["record"]["lr_history"] == pytest.approx([1e-4, 5e-4, 5e-4 * 2 / 3])
+    assert slow["lr"] == pytest.approx(5e-4 / 2) and fast["lr"] == pytest.approx(5e-2 / 2)
+    assert (slow["weight_decay"], fast["weight_decay"]) == (0, 0.1)
+
+
+def test_a_schedule_that_ends(small, monkeypatch):
+    use_parts(monkeypatch, one_cycle)
+    small()
+    train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+    with pytest.raises(utils.UserError, match="--epochs 3: the schedule ends at 2"):
+        train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
+
+
+def test_no_schedule(small, monkeypatch):
+    use_parts(monkeypatch, no_schedule)
+    small()
+    train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+    assert utils.load("open-unmix/vocals.json")["lr_history"] == [0.01, 0.01]
+
+
+def test_metrics_that_come_and_go(small, monkeypatch):
+    small()
+    monkeypatch.setitem(train.METRICS, "peak", lambda network, x, y, args: x.max())
+    train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+    monkeypatch.delitem(train.METRICS, "peak")
+    train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
+    peaks = utils.load("open-unmix/vocals.json")["valid_peak_history"]
+    assert np.isnan([peaks[0], peaks[2]]).all() and peaks[1] > 0
+
+
+def test_a_metric_that_draws_again(small, monkeypatch):
+    """Metrics share a run of the network; a second call within one is a run of its own."""
+
+    def uncertainty(network, x, y, args):
+        network.train()
+        runs = torch.stack([network(train.magnitudes(x, args)) for _ in range(3)])
+        network.eval()
+        return runs.std(0).mean()
+
+    monkeypatch.setitem(train.METRICS, "uncertainty", uncertainty)
+    monkeypatch.setitem(train.METRICS, "loss", uncertainty)  # this name is the loss's
+    small()
+    record = utils.load("open-unmix/vocals.json")
+    assert record["valid_uncertainty_history"][0] > 0
+    assert record["valid_loss_history"][0] != record["valid_uncertainty_history"][0]
+
+
+@pytest.mark.parametrize("kind", ["an argument more", "what forward leaves behind"])
+def test_auxiliary_losses(kind, small, monkeypatch, capsys):
+    """There is nothing to beat by an estimate alone; they train."""
+    forward = model.OpenUnmix.forward
+
+    def keeping(self, x, more=False):
+        y = forward(self, x)
+        self.last = y.square()
+        return (y, self.last) if more else y
+
+    def loss(network, x, y, args):
+        X, Y = train.magnitudes(x, args), train.magnitudes(y, args)
+        if kind == "an argument more":
+            V, last = network(X, more=True)
+        else:
+            V, last = network(X), network.last
+        return (V - Y).square().mean() + (last - Y).abs().mean()
+
+    monkeypatch.setattr(model.OpenUnmix, "forward", keeping)
+    monkeypatch.setitem(train.LOSSES, "mse", loss)
+    small()
+    printed = capsys.readouterr().out
+    assert "to beat" not in printed and "epoch 1/1" in printed
+
+
+def test_a_loss_that_feeds_no_magnitudes(small, monkeypatch, capsys):
+    def loss(network, x, y, args):
+        X, Y = (train.magnitudes(z, args).log1p() for z in (x, y))
+        return (network(X) - Y).square().mean()
+
+    monkeypatch.setitem(train.LOSSES, "mse", loss)
+    small()
+    assert "the loss gives the network no magnitudes of x" in capsys.readouterr().out
+
+
+class Remembering(model.OpenUnmix):
+    """A state that one recording leaves to the next."""
+
+    def forward(self, x):
+        y = super().forward(x) + getattr(self, "state", 0)
+        self.state = y.mean().detach()
+        return y
+
+
+def test_state_between_recordings_is_refused(small, monkeypatch):
+    monkeypatch.setitem(model.ARCHITECTURES, "blstm", Remembering)
+    with pytest.raises(utils.UserError, match="called again it gives other numbers"):
+        small()
+    assert not list(Path().rglob("*.pth"))
+
+
+NOISE = torch.rand(2, 4000) - 0.5
+EXAMPLES = {
+    "double precision": ((NOISE.double(), NOISE), "a mixture that is no float32 tensor"),
+    "NumPy": ((NOISE, NOISE.numpy()), "a target that is no float32 tensor"),
+    "units of 16 bits": ((NOISE * 32768, NOISE), "samples of 1.6"),
+    "NaN": ((NOISE * torch.nan, NOISE), "samples of nan"),
+    "another length": ((NOISE, NOISE[:, :3000]), "4000 samples of mixture and 3000 of target"),
+    "time first": ((NOISE.T, NOISE.T), "4000 channels of mixture and 4000 of target"),
+    "mono": ((NOISE[:1], NOISE[:1]), "1 channels of mixture and 1 of target; --nb-channels is 2"),
+    "mono and stereo": ((NOISE, NOISE[:1]), "2 channels of mixture and 1 of target"),
+    "no pair": ((NOISE,), "is no pair"),
+    "a batch": ((NOISE[None], NOISE[None]), "a mixture that is no float32 tensor"),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_the_wrong_kind(name, small, monkeypatch):
+    example, message = EXAMPLES[name]
+    datasets = [[example] * 4] * 3
+    monkeypatch.setattr(train, "make_datasets", lambda tracks, sources, args: datasets)
+    with pytest.raises(utils.UserError, match=f"vocals: the first training example .*{message}"):
+        small()
+
+
+def test_what_a_checkpoint_can_not_hold(small, monkeypatch):
+    """It is said before the first epoch, not when somebody wants to resume."""
+    parser = train.make_parser
+
+    def with_path():
+        made = parser()
+        made.add_argument("--noise", type=Path, default=Path("noise"))
+        return made
+
+    monkeypatch.setattr(train, "make_parser", with_path)
+    with pytest.raises(utils.UserError, match=r"vocals.chkpnt: could not be loaded, for pathlib"):
+        small()
+
+
+def test_event_files_of_two_trainings(small):
+    pytest.importorskip("tensorboard")
+    for _ in range(2):
+        small("--tensorboard")
+    for folder in ("open-unmix", "open-unmix/previous/1"):
+        [events] = Path(folder, "vocals.tensorboard").iterdir()
+        assert events.stat().st_size > 100

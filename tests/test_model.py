@@ -924,7 +924,9 @@ def test_in_blocks(frames):
 
     with torch.no_grad():
         assert torch.equal(in_blocks(function, x, y), x * y + 1)
-    assert max(sizes) <= 1024 and sum(sizes) == frames
+    tried = [512, 1024] if frames > 1024 else []  # whether frames are independent
+    assert sizes[: len(tried)] == tried
+    assert max(sizes) <= 1024 and sum(sizes[len(tried) :]) == frames
     sizes.clear()
     z = in_blocks(function, x.requires_grad_(), y)
     assert sizes == [frames]
@@ -1288,11 +1290,14 @@ BROKEN = {  # what is wrong with a folder: (how to make it, what the error says)
     "nfft is zero": (change("nfft", 0), SETTINGS + "nfft is 0"),
     "nfft is huge": (change("nfft", 10**12), SETTINGS + "nfft is 1000000000000"),
     "nfft is infinite": (change("nfft", float("inf")), SETTINGS + "nfft is inf"),
-    "nfft of another": (change("nfft", 512), "nb_bins 129, not 257"),
+    "nfft of another": (change("nfft", 512), "was trained with nfft 256, separator.json says 512"),
     "hop is an object": (change("nhop", {}), SETTINGS + "nhop is {}"),
     "hop is too long": (change("nhop", 200), SETTINGS + "nhop is more than half of nfft"),
     "channels": (change("nb_channels", 3), SETTINGS + "nb_channels is 3"),
-    "channels of another": (change("nb_channels", 1), "nb_channels 2, not 1"),
+    "channels of another": (
+        change("nb_channels", 1),
+        "was trained with nb_channels 2, separator.json says 1",
+    ),
     "record cut off": (write("vocals.json", '{"args": '), RECORD + "is damaged"),
     "record is a list": (write("vocals.json", "[]"), RECORD),
     "record is a number": (write("vocals.json", "3"), RECORD),

@@ -935,7 +935,7 @@ def test_metrics_share_one_pass(call, monkeypatch):
     call("--epochs", 1)
     found = record()
     assert found["valid_mse_history"] == found["valid_loss_history"]
-    rehearsal = 5  # the network, what was loaded, and twice when its stages are tried
+    rehearsal = 9  # what was loaded, stages and fast forms, each beside the network; its samples
     assert runs.count(False) <= 2 + rehearsal
 
 
@@ -1079,8 +1079,8 @@ def test_dry_run(call, monkeypatch):
     watch = lambda x, *args: seen.append(len(x)) or real(x, *args)  # noqa: E731
     monkeypatch.setattr(train, "magnitudes", watch)
     assert call("--dry-run", "--epochs", 7)[0] == 0
-    # statistics, rehearsal, the mixture as estimate, silence, batch, validation
-    assert seen == [1, 1, *[1, 1] * 2, 4, 4, 1, 1]
+    # statistics, rehearsal, the mixture as estimate, silence, what the network saw, batch, validation
+    assert seen == [1, 1, *[1, 1] * 2, 1, 4, 4, 1, 1]
     assert record()["epochs_trained"] == 1 and Path("open-unmix/vocals.pth").exists()
     assert "vocals epoch 7/7" in call("--checkpoint", "open-unmix")[1]  # was one run's, not its
 

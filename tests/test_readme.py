@@ -88,6 +88,7 @@ def test_recipe(name, text, tmp_path, root):
     for before, command in zip(parts[::2], parts[1::2]):
         for script in SCRIPTS:  # each variant by itself
             shutil.copy(FOLDER / script, tmp_path / script)
+        shutil.rmtree(tmp_path / "open-unmix", ignore_errors=True)  # else one target is there twice
         for diff in re.findall(r"```diff\n(.*?)```", before, re.S):
             apply(diff, tmp_path)
         words = command.replace("DATA", str(root)).split()

@@ -351,8 +351,8 @@ def track_folders(root, split, files):
 def visible(folder, ending=""):
     """What a folder holds, sorted, but nothing hidden (macOS leaves ._vocals.wav about)."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in found if path.name.lower().endswith(ending.lower())]
-    return [path for path in found if path.name[0] != "."]
+    ending = ending.lower()
+    return [path for path in found if path.name.lower().endswith(ending) and path.name[0] != "."]
 
 
 def find_file(folder, name):

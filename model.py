@@ -662,10 +662,19 @@ def load_network(path, record_path, settings, device="cpu"):
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: {name} has NaN or infinite values; train it again")
     network.to(device).eval()
-    before, now = record.get("output_sample"), output_sample(network, **wanted)
-    if before and not np.linalg.norm(np.subtract(now, before)) <= 0.01 * np.linalg.norm(before):
+    before = record.get("output_sample")  # published weights have none
+    if before and not is_close(before, output_sample(network, **wanted)):
         print(f"{path}: model.py gives other numbers than in training: restore it, or train again")
     return network
+
+
+def is_close(before, now):
+    """Whether the numbers of a record are these to 1 %, which is more than processors differ by."""
+    before = np.array(before, dtype=object).ravel()
+    if not all(isinstance(number, int | float) for number in before) or len(before) != len(now):
+        return False
+    before = before.astype(float)
+    return np.linalg.norm(now - before) <= 0.01 * np.linalg.norm(before)
 
 
 @torch.no_grad()
@@ -916,8 +925,11 @@ def stream(separator, audio, block=300):
     """
     tensors = separator.parameters(), separator.buffers(), [torch.zeros(0)]
     device = next(itertools.chain(*tensors)).device
-    if same_as_plain(separator, device):
-        yield from stream_blocks(separator, audio, block, device)
+    example = torch.rand(1, separator.nb_channels, separator.n_fft // 2 + 1, 40, device=device)
+    example *= torch.linspace(0.1, 1, 40, device=device)  # halves that differ in level, too
+    in_stages = all(works_in_stages(network, example) for network in separator.networks)
+    if same_as_plain(separator, in_stages, device):
+        yield from stream_blocks(separator, audio, block, in_stages, device)
         return
     tqdm.write("forward gives other numbers than its fast forms: separated by it, in one piece")
     with patched(sys.modules[__name__], "FAST", False):
@@ -925,7 +937,7 @@ def stream(separator, audio, block=300):
     yield stems
 
 
-def stream_blocks(separator, audio, block, device):
+def stream_blocks(separator, audio, block, in_stages, device):
     """`stream` by the fast forms of Separator.forward and of what it calls."""
     networks, heard = separator.networks, {}
     nb_channels, n_fft, n_hop = separator.nb_channels, separator.n_fft, separator.n_hop
@@ -971,9 +983,7 @@ def stream_blocks(separator, audio, block, device):
                 now = slice(start, start + window)
                 yield [v[..., now] for v in V], X[..., now]
 
-    example = torch.rand(1, nb_channels, n_fft // 2 + 1, 40, device=device)
-    example *= torch.linspace(0.1, 1, 40, device=device)  # halves that differ in level, too
-    run = staged if all(works_in_stages(network, example) for network in networks) else whole
+    run = staged if in_stages else whole
     estimates = (separator.filter(separator.stack(V), X) for V, X in run())  # (1, J, C, F, T)
     for stems in istft_blocks(estimates, lambda: heard["length"], n_fft, n_hop):
         yield stems[0, :, : heard["channels"]]
@@ -1080,13 +1090,13 @@ FAST = True  # False: the plain forms everywhere, which decide what is right
 
 
 @torch.inference_mode()
-def same_as_plain(separator, device):
+def same_as_plain(separator, in_stages, device):
     """Whether a stream of noise, by fast forms, is what `forward` gives by the plain ones.
 
     It is not where a plain form, or `forward` itself, was changed.
     """
-    module, window = sys.modules[__name__], separator.wiener_win_len and 20
-    shape = max(2, separator.nb_channels), 32 * separator.n_hop
+    module, window = sys.modules[__name__], separator.wiener_win_len and 5
+    shape = max(2, separator.nb_channels), 12 * separator.n_hop
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     noise = (noise * torch.linspace(0.01, 0.1, shape[1])).to(device)
     with (
@@ -1095,7 +1105,7 @@ def same_as_plain(separator, device):
         patched(separator, "wiener_win_len", window),
     ):
         torch.manual_seed(0)
-        found = torch.cat([*stream_blocks(separator, [noise], 20, device)], dim=-1)
+        found = torch.cat([*stream_blocks(separator, [noise], 5, in_stages, device)], dim=-1)
         with patched(module, "FAST", False):
             torch.manual_seed(0)
             expected = separator(noise[None])[0]

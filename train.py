@@ -327,10 +327,8 @@ def try_nothing(network, dataset, record, args, device):
     record["nothing"] = nothing
     mixture, silence = (f"loss {numbers['valid_loss']:.4g}" for numbers in (nothing, silence))
     sdr, zero = ("", "") if math.isnan(sdr) else (f", SDR {sdr:.2f} dB", ", SDR 0 dB")
-    say(
-        args,
-        f"{target}: to beat: {mixture}{sdr} (the mixture as estimate), {silence}{zero} (silence)",
-    )
+    mixture, silence = f"{mixture}{sdr} (the mixture as estimate)", f"{silence}{zero} (silence)"
+    say(args, f"{target}: to beat: {mixture} and {silence}")
 
 
 def check_examples(target, train_set, valid_set, args):
@@ -341,7 +339,7 @@ def check_examples(target, train_set, valid_set, args):
         for name, z in zip(("mixture", "target"), waveforms):
             plain = torch.is_tensor(z) and z.dtype == torch.float32 and z.ndim == 2
             if not plain:
-                found = [getattr(z, name, "") for name in ("dtype", "shape")]
+                found = [getattr(z, what, "") for what in ("dtype", "shape")]
                 wrong.append(f"has a {name} that is no float32 tensor (C, N) but {type(z)} {found}")
             elif not z.abs().max() <= LOUDEST:
                 wrong.append(f"has a {name} with samples of {z.abs().max():.4g}: 1 is full scale")
@@ -944,10 +942,9 @@ def restore(state, checkpoint, args, given):
     saved, scheduler = checkpoint["record"]["args"], state.get("scheduler")
     groups = state["optimizer"].param_groups
     rate = groups[0]["lr"] or saved["lr"]
+    rates = {"lr", "initial_lr", "max_lr", "min_lr"} if "lr" in given else set()
     for group in groups:  # each keeps its share of the rate
-        for name in (
-            group.keys() & {"lr", "initial_lr", "max_lr", "min_lr"} if "lr" in given else ()
-        ):
+        for name in group.keys() & rates:
             group[name] = args.lr * (group[name] / rate)
         if "weight_decay" in given and group["weight_decay"] == saved["weight_decay"]:
             group["weight_decay"] = args.weight_decay
@@ -981,8 +978,9 @@ def prepare_folder(folder, sources, args):
             earlier += [path] if path.exists() else []
     others = {path.stem for path in folder.glob("*.pth")} - set(args.target)
     for other in sorted(others):
-        record = load(folder / f"{other}.json") if (folder / f"{other}.json").exists() else {}
-        theirs = {other, *((record.get("network") or {}).get("sources") or [])}
+        path = folder / f"{other}.json"
+        network = load(path).get("network") if path.exists() else None
+        theirs = {other, *((network or {}).get("sources", []))}
         both = sorted(theirs & {*args.target, *sources})
         if both:
             what = f"{', '.join(both)} already, in {other}.pth"

@@ -237,6 +237,11 @@ def index_musdb(root, split):
         folders = {f: p for f, p in folders.items() if (f.name in listed) == (split == "valid")}
         if not folders:
             raise UserError(f"{root}/train: has {len(names)} tracks, all for validation; add more")
+    found = {path for folder in folders for path in visible(folder, ".wav")}
+    more = sorted({path.name for path in found.difference(*folders.values())})
+    if more:
+        rule = f"not among the sources ({', '.join(SOURCES)}), and in no mix of training"
+        print(utils.printable(f"{root}: {', '.join(more)}: {rule}"))
     tracks = []
     for folder, paths in folders.items():
         mixture, *sources = map(AudioFile.open, paths)

@@ -925,12 +925,10 @@ def stream(separator, audio, block=300):
     """
     tensors = separator.parameters(), separator.buffers(), [torch.zeros(0)]
     device = next(itertools.chain(*tensors)).device
-    example = torch.rand(1, separator.nb_channels, separator.n_fft // 2 + 1, 40, device=device)
-    example *= torch.linspace(0.1, 1, 40, device=device)  # halves that differ in level, too
-    in_stages = all(works_in_stages(network, example) for network in separator.networks)
-    if same_as_plain(separator, in_stages, device):
-        yield from stream_blocks(separator, audio, block, in_stages, device)
-        return
+    for in_stages in (True, False):
+        if same_as_plain(separator, in_stages, device):
+            yield from stream_blocks(separator, audio, block, in_stages, device)
+            return
     tqdm.write("forward gives other numbers than its fast forms: separated by it, in one piece")
     with patched(sys.modules[__name__], "FAST", False):
         stems = separator(torch.cat([*audio], dim=-1)[None].to(device))[0]
@@ -987,17 +985,6 @@ def stream_blocks(separator, audio, block, in_stages, device):
     estimates = (separator.filter(separator.stack(V), X) for V, X in run())  # (1, J, C, F, T)
     for stems in istft_blocks(estimates, lambda: heard["length"], n_fft, n_hop):
         yield stems[0, :, : heard["channels"]]
-
-
-def works_in_stages(network, x):
-    """Whether stages run on halves of the magnitudes x (B, C, F, T) give what forward gives."""
-    if not all(callable(getattr(network, name, None)) for name in ("encode", "recur", "decode")):
-        return False
-    halves = x.chunk(2, dim=-1)
-    hidden = network.recur(torch.cat([network.encode(half) for half in halves])).chunk(2)
-    y = torch.cat([network.decode(h, half) for h, half in zip(hidden, halves)], dim=-1)
-    expected = network(x)
-    return y.shape == expected.shape and (y - expected).norm() <= 1e-4 * expected.norm()
 
 
 def regroup(spectra, long):
@@ -1093,23 +1080,27 @@ FAST = True  # False: the plain forms everywhere, which decide what is right
 def same_as_plain(separator, in_stages, device):
     """Whether a stream of noise, by fast forms, is what `forward` gives by the plain ones.
 
-    It is not where a plain form, or `forward` itself, was changed.
+    It is not where a plain form, or `forward` itself, was changed; nor, in stages, where networks
+    have none or their forward is not the composition of these.
     """
-    module, window = sys.modules[__name__], separator.wiener_win_len and 5
+    stages, networks = ("encode", "recur", "decode"), separator.networks
+    if in_stages and not all(hasattr(net, stage) for net in networks for stage in stages):
+        return False
+    module, window = sys.modules[__name__], separator.wiener_win_len and 7
     shape = max(2, separator.nb_channels), 12 * separator.n_hop
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    noise = (noise * torch.linspace(0.01, 0.1, shape[1])).to(device)
+    noise = (noise * torch.linspace(0.01, 0.1, shape[1])).to(device)  # what adapts to levels shows
     with (
         torch.random.fork_rng([]),
         patched(separator, "amp", False),
         patched(separator, "wiener_win_len", window),
     ):
         torch.manual_seed(0)
-        found = torch.cat([*stream_blocks(separator, [noise], 5, in_stages, device)], dim=-1)
+        found = torch.cat([*stream_blocks(separator, [noise], 7, in_stages, device)], dim=-1)
         with patched(module, "FAST", False):
             torch.manual_seed(0)
             expected = separator(noise[None])[0]
-    return found.shape == expected.shape and (found - expected).norm() <= 1e-3 * expected.norm()
+    return found.shape == expected.shape and (found - expected).norm() <= 1e-4 * expected.norm()
 
 
 def is_plain(layer, kind):

@@ -968,9 +968,7 @@ def prepare_folder(folder, sources, args):
     earlier = []
     for target in args.target:
         record = folder / f"{target}.json"
-        ours = (folder / f"{target}.chkpnt").exists() or (
-            record.exists() and "args" in load(record)
-        )
+        ours = (folder / f"{target}.chkpnt").exists() or "args" in json_object(record)
         for suffix in (".chkpnt", ".json", ".png", ".pth", ".tensorboard"):
             path = folder / f"{target}{suffix}"
             if suffix != ".tensorboard":
@@ -978,15 +976,15 @@ def prepare_folder(folder, sources, args):
             earlier += [path] if path.exists() else []
     others = {path.stem for path in folder.glob("*.pth")} - set(args.target)
     for other in sorted(others):
-        path = folder / f"{other}.json"
-        network = load(path).get("network") if path.exists() else None
-        theirs = {other, *((network or {}).get("sources", []))}
-        both = sorted(theirs & {*args.target, *sources})
+        network = json_object(folder / f"{other}.json").get("network")
+        theirs = network.get("sources") if isinstance(network, dict) else None
+        theirs = [other, *theirs] if isinstance(theirs, list) else [other]
+        both = [name for name in theirs if name in (*args.target, *sources)]
         if both:
             what = f"{', '.join(both)} already, in {other}.pth"
             raise UserError(f"{folder}: holds {what}; choose another --output")
     if others and settings.exists():
-        theirs = load(settings)
+        theirs = json_object(settings)
         for name in ("sample_rate", "nfft", "nhop", "nb_channels"):
             if theirs.get(name) != getattr(args, name):
                 what = f"{', '.join(sorted(others))} with {name} {theirs.get(name)}"
@@ -1004,6 +1002,12 @@ def prepare_folder(folder, sources, args):
             path.rename(place / path.name)
     if place.exists():
         say(args, f"the earlier training is now in {place}; {continuing(args)} would go on with it")
+
+
+def json_object(path):
+    """What a JSON file holds; {} where there is none, or something else is in it."""
+    found = load(path) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def continuing(args):

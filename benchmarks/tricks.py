@@ -71,9 +71,9 @@ def stream(separator, audio):
         yield separator(torch.cat(list(audio), dim=1)[None])[0]
 
 
-def works_in_stages(network, x):
-    """No network does: each sees the whole recording, or windows of a long one."""
-    return False
+def same_as_plain(separator, in_stages, device):
+    """No network has stages: each sees the whole recording, or windows of a long one."""
+    return not in_stages
 
 
 PLAIN = {  # trick: (module, plain form, what it is to make better, functions that serve it alone)
@@ -84,7 +84,7 @@ PLAIN = {  # trick: (module, plain form, what it is to make better, functions th
     "wiener_on_cpu": ("model", wiener_on_cpu, ("song",), ()),
     "filter_stereo": ("model", filter_stereo, ("song",), ()),
     "magnitudes_by_example": ("train", magnitudes_by_example, ("step",), ()),
-    "works_in_stages": ("model", works_in_stages, ("song", "long"), ()),
+    "same_as_plain": ("model", same_as_plain, ("song", "long"), ()),
     "stream": ("model", stream, ("song", "long"), ("stft_blocks", "istft_blocks", "regroup")),
 }
 FIGURES = {"step": "a training step", "song": "a separation", "long": "a long separation"}

@@ -570,6 +570,17 @@ def test_a_target_twice_in_a_folder(small):
         small("--target", "drums", "--output", "all")
 
 
+@pytest.mark.parametrize("record", [[], 5, {"network": "x"}, {"network": {"sources": 5}}])
+def test_a_strangers_record_in_a_folder(small, record):
+    """Whatever is in it: files of one name are one target, and more cannot be known."""
+    small()
+    utils.save(record, "open-unmix/vocals.json")
+    small("--target", "drums")
+    utils.save([], "open-unmix/separator.json")
+    with pytest.raises(utils.UserError, match=r"with sample_rate None; choose another"):
+        small("--target", "bass")
+
+
 def test_a_class_changed_since_training(small, monkeypatch, capsys):
     """A line says so; what the class had for defaults is on record."""
     small("--preset", "best", "--output", "all")

@@ -339,6 +339,18 @@ def test_variable_tracks(tmp_path):
     assert x.all() and not y.any()
 
 
+def test_more_files_than_sources(musdb_root, tmp_path, capsys):
+    """A fifth source is part of mixture.wav alone: one line says so."""
+    shutil.copytree(musdb_root / "train", tmp_path / "train")
+    index_musdb(tmp_path, "train")
+    assert not capsys.readouterr().out
+    for folder in (tmp_path / "train").iterdir():
+        shutil.copy(folder / "bass.wav", folder / "guitar.wav")
+    index_musdb(tmp_path, "train")
+    [line] = capsys.readouterr().out.splitlines()
+    assert "guitar.wav: not among the sources (vocals, drums, bass, other)" in line
+
+
 def test_statistics_read_no_target(musdb_root, tmp_path):
     """Nor validation other files than those of its target."""
     shutil.copytree(musdb_root / "train", tmp_path / "train")

@@ -8,6 +8,7 @@ Axis letters: C channels, N samples, K targets (see model.py).
 import collections
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -676,20 +677,27 @@ def new_folder(folder):
 
 # ------------------------------------------------------------------------------- songs from a seed
 
-SONGS = {"train": 28, "test": 6}
+SONGS = {"train": 56, "test": 8}
 
 
-def find_synthetic(root=None, seconds=30.0, songs=SONGS):
+def find_synthetic(root=None, seconds=15.0, songs=SONGS):
     """Synthesized songs in musdb's WAV layout, made once; the test part also holds one real song.
 
     That is the excerpt of MUSDB18 that stempeg ships: a score on real music stands beside the
-    others. Raises UserError for a folder with other songs in it.
+    others. Raises UserError for a folder with other songs in it, or those of other code.
     """
-    root = Path(root or Path.home() / "MUSDB18" / "synthetic-30s").expanduser()
+    code = Path(__file__).read_text(encoding="utf-8").partition("\ndef make_song")[2]
+    code = hashlib.sha256(code.encode()).hexdigest()[:6]
+    root = Path(root or Path.home() / "MUSDB18" / f"synthetic-{code}").expanduser()
     remedy = "name another folder with --root"
     for path in visible(root / "train"):
         if not path.name.startswith("Synthesized"):
             raise UserError(f"{path}: is no synthesized song; {remedy}")
+    record, made_by = root / "songs.json", {"code": code, "seconds": seconds}
+    if not visible(root / "train"):
+        utils.save(made_by, record)
+    elif not record.is_file() or utils.load(record) != made_by:
+        raise UserError(f"{root}: its songs are by another data.py; remove it, or {remedy}")
     names = [f"{part}/Synthesized - Song {n + 1:02d}" for part in songs for n in range(songs[part])]
     seeds = {root / name: seed for seed, name in enumerate(names)}
     make_tracks(seeds, functools.partial(make_song, seconds), lambda _: 9e5 * seconds, root, remedy)
@@ -715,6 +723,7 @@ VERSES = ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4), 
 KICKS = ["048c", "08", "068", "036a", "02ab"]
 SNARES = ["4c", "8", "479c", "4cf"]
 HATS = ["02468ace", "0123456789abcdef", "26ae", "0234678abcef"]
+CYMBALS = ["0", "08", "048c", "02468ace"]
 CALM = ["0", "08", "036", "06a", "048c"]
 BUSY = ["02468ace", "0368be", "0369ce", "02368abe", "0268ae"]
 VOWELS = (  # a e i o u: formants in Hz, the first three after Peterson & Barney (1952), men
@@ -749,9 +758,8 @@ class SongPlan:
         ends = np.minimum(steps[:, 1:].ravel() * self.sixteenth, self.N)
         chords = self.chords.repeat(steps.shape[1] - 1)[:, None]
         degrees = chords + np.resize(voicings, (len(chords), len(voicings[0])))
-        semitones = (
-            self.scale[degrees % 7] + 12 * (octave + degrees // 7) + self.key - 69
-        )  # from A4
+        octaves = octave + degrees // 7
+        semitones = self.scale[degrees % 7] + 12 * octaves + self.key - 69  # from A4
         hertz = 440 * 2 ** (semitones / 12)
         return [note for note in zip(starts, ends, hertz) if note[0] < note[1]]
 
@@ -763,30 +771,39 @@ def synthesize_sawtooth(cycles, ratio):
 
 
 def synthesize_part(rng, plan, rhythms, voicings, octave, brightness, decay, width):
-    """One instrument -> (2, N); brightness (Hz), decay (s) are ranges, width is from 0 to 1."""
+    """One instrument -> (2, N); brightness (Hz), decay (s) are ranges, width is from 0 to 1.
+
+    Some have vibrato, some are as many as they have notes, a little out of tune.
+    """
     stereo = np.zeros((2, plan.N), np.float32)
     angles = np.pi / 4 * (1 + width * rng.uniform(-1, 1, 5))
     brightness = np.float32(rng.uniform(*brightness))
     decay = np.float32(rng.uniform(*decay))
     attack = np.float32(rng.uniform(0.002, 0.02))
     hollow = np.float32(rng.choice([0, 0.3, 0.5]))
+    vibrato = np.float32(rng.choice([0, 0, 0.0003]))  # seconds by which a wave comes early or late
+    detuned = 1 + rng.choice([0, 0.004]) * rng.uniform(-1, 1, 5)
     for turn, (start, end, chord) in enumerate(plan.draw_notes(rng, rhythms, voicings, octave)):
         time = np.arange(end - start) / plan.rate
-        body = np.exp(-time.astype(np.float32) / decay)
-        level = rng.uniform(0.6, 1) * body * (1 - np.exp(-time / attack))
-        level = level * np.minimum(1, (time[-1] - time) / 0.03)
+        since = time.astype(np.float32)
+        waves = time + vibrato * np.sin(34 * since) * np.minimum(1, since)
+        body = np.exp(-since / decay)
+        level = np.float32(rng.uniform(0.6, 1)) * body * (1 - np.exp(-since / attack))
+        level = level * np.minimum(1, (since[-1] - since) / np.float32(0.03))
         for voice, hertz in enumerate(chord):
             cutoff = np.minimum(np.float32(hertz) + brightness * body, plan.rate / 6)
             ratio = np.exp(np.float32(-hertz) / cutoff)
-            tone = synthesize_sawtooth(hertz * time, ratio)
-            tone -= hollow * synthesize_sawtooth(2 * hertz * time, ratio**2)  # even harmonics
-            angle = angles[(turn + voice) % 5]
-            stereo[:, start:end] += np.float32([[np.cos(angle)], [np.sin(angle)]]) * (level * tone)
+            player = (turn + voice) % 5
+            cycles = hertz * detuned[player] * waves
+            tone = synthesize_sawtooth(cycles, ratio)
+            tone -= hollow * synthesize_sawtooth(2 * cycles, ratio**2)  # even harmonics
+            sides = [[np.cos(angles[player])], [np.sin(angles[player])]]
+            stereo[:, start:end] += np.float32(sides) * (level * tone)
     return stereo
 
 
 def synthesize_drums(rng, plan):
-    """Kick, snare and hi-hat -> (2, N)."""
+    """Kick, snare, hi-hat and a cymbal -> (2, N)."""
     time = np.arange(plan.rate // 2 * 2) / plan.rate
     draw = rng.uniform
 
@@ -795,28 +812,20 @@ def synthesize_drums(rng, plan):
         skin = np.sin(2 * np.pi * (hertz * time - 4 * np.exp(-time / 0.03)))
         skin = np.tanh(2 * skin * np.exp(-time / decay))
         noise = np.fft.rfft(rng.standard_normal(len(time)))
-        noise = np.fft.irfft(noise * np.linspace(0, 1, len(noise)) ** tilt)
+        noise = np.fft.irfft(noise * np.linspace(0.002, 1, len(noise)) ** tilt)
         return (1 - hiss) * skin + hiss * noise / noise.std() * np.exp(-time / hiss_decay)
 
     kick = draw_hit(draw(42, 60), draw(0.1, 0.2), 0.1, 0.5, 0.004)
-    snare = draw_hit(draw(150, 230), 0.06, draw(0.3, 0.7), draw(0.1, 1), draw(0.04, 0.12))
-    hat = draw(0.1, 0.4) * draw_hit(1, 1, 1, draw(1, 3), draw(0.02, 0.1))
+    snare = draw_hit(draw(150, 230), 0.06, draw(0.3, 0.7), draw(-0.6, 0.6), draw(0.04, 0.15))
+    hat = draw(0.1, 0.4) * draw_hit(1, 1, 1, draw(0.3, 2), draw(0.02, 0.1))
+    cymbal = draw(0.05, 0.3) * draw_hit(1, 1, 1, draw(-0.3, 1), draw(0.1, 0.6))
+    kit = (KICKS, kick, 0.5), (SNARES, snare, 0.5), (HATS, hat, draw(0.3, 0.7))
     stereo = np.zeros((2, plan.N), np.float32)
-    for rhythms, hit, pan in (KICKS, kick, 0.5), (SNARES, snare, 0.5), (HATS, hat, draw(0.3, 0.7)):
+    for rhythms, hit, pan in (*kit, (CYMBALS, cymbal, draw(0.2, 0.8))):
         for start, end, _ in plan.draw_notes(rng, rhythms):
             sound = draw(0.6, 1) * np.outer([1 - pan, pan], hit[: end - start])
             stereo[:, start : start + sound.shape[1]] += sound
     return stereo
-
-
-def filter_blocks(x, window, gain):
-    """Filter x (N,) in half overlapping windows with gain (..., 1 or blocks, bins) -> (..., N)."""
-    half = len(window) // 2
-    padded = np.pad(x, (half, half + -len(x) % half))
-    blocks = sliding_window_view(padded, 2 * half)[::half] * window
-    blocks = np.fft.irfft(np.fft.rfft(blocks) * gain)
-    blocks = blocks[..., :-1, half:] + blocks[..., 1:, :half]
-    return blocks.reshape(*blocks.shape[:-2], -1)[..., : len(x)]
 
 
 def synthesize_vocals(rng, plan):
@@ -863,7 +872,10 @@ def synthesize_vocals(rng, plan):
         gain = gain + height / (1 + ((frequencies - formant) / (50 + 0.05 * formant)) ** 2)
     window = 1.5 - np.abs(np.arange(0.5 - hop, hop, dtype=np.float32)) * 2 / hop
     voice = level * buzz + breath * rng.standard_normal(plan.N, np.float32)
-    voice = filter_blocks(voice, np.clip(window, 0, 1), gain)  # the windows add up to 1
+    blocks = sliding_window_view(np.pad(voice, (hop, hop + -plan.N % hop)), 2 * hop)[::hop]
+    blocks = blocks * np.clip(window, 0, 1)  # the windows of neighbours add up to 1
+    blocks = np.fft.irfft(np.fft.rfft(blocks) * gain)
+    voice = (blocks[:-1, hop:] + blocks[1:, :hop]).ravel()[: plan.N]
     return rng.uniform(0.8, 1, (2, 1)).astype(np.float32) * voice
 
 
@@ -875,31 +887,40 @@ def synthesize_song(seed, seconds=30.0, rate=44100):
         seconds: length, at least 1.
         rate: sample rate in Hz, at least 8000.
 
-    Each source rests in up to three tenths of the two-bar sections; their sum peaks below 0.9.
+    Each source rests in up to a third of the two-bar sections, the voice in up to half, and has its
+    own overdrive, equalizer, room and level; their sum peaks below 0.9.
     """
+    from scipy.signal import firwin2, oaconvolve  # takes a second to import
+
     rng = np.random.default_rng(seed)
     plan = SongPlan(rng, seconds, rate)
     low = 3 if plan.key < 4 else 2
     leaps = rng.choice([0, 0, 4, 7], (4, 1))
     broken = 2 * rng.permutation(5)[:, None]
-    bass = synthesize_part(rng, plan, CALM + BUSY, leaps, low, (200, 1500), (0.3, 2), 0)
-    chords = synthesize_part(rng, plan, CALM, [[0, 2, 4]], low + 2, (500, 3500), (0.3, 3), 0.7)
-    plucks = synthesize_part(rng, plan, BUSY, broken, low + 3, (1500, 7000), (0.1, 0.6), 0.7)
+    bass = synthesize_part(rng, plan, CALM + BUSY, leaps, low, (200, 3000), (0.3, 2), 0)
+    chords = synthesize_part(rng, plan, CALM, [[0, 2, 4]], low + 2, (500, 7000), (0.3, 6), 1)
+    plucks = synthesize_part(rng, plan, BUSY, broken, low + 3, (1500, 9000), (0.1, 1), 1)
     drums = synthesize_drums(rng, plan)
     other = chords + rng.uniform(0.5, 2) * plucks
     stems = {"drums": drums, "bass": bass, "other": other, "vocals": synthesize_vocals(rng, plan)}
     section = 32 * plan.sixteenth  # two bars, in samples
-    half = 2 ** int(np.log2(rate))  # the longest echo, in samples
     for (source, stem), wetness in zip(stems.items(), (0.3, 0.1, 0.5, 0.4)):
+        rests, drive = (0.5, 0.5) if source == "vocals" else (0.34, 6)
         sections = rng.permutation(plan.N // section + 1)
-        plays = sections >= rng.integers(int(0.3 * len(sections)) + 1)
+        plays = sections >= rng.integers(int(rests * len(sections)) + 1)
         stem = stem * plays.repeat(section)[: plan.N]
-        room = rng.standard_normal((2, half), np.float32)
-        room = room * np.exp(-np.arange(half) / rng.uniform(0.04, 0.15) / rate)
-        room = np.fft.rfft(room.astype(np.float32), 2 * half)[:, None]
-        room = room / np.linspace(1, 8, half + 1, dtype=np.float32)
-        echoes = filter_blocks(stem.mean(axis=0), np.repeat(np.float32([1, 0]), half), room)
+        drive = drive * rng.random() ** 2 / stem.std()
+        stem = np.tanh(drive * stem) / drive
+        decibels = np.interp(np.linspace(0, 1, 257), 0.5 ** np.r_[9:-1:-1], rng.normal(0, 4, 10))
+        equalizer = firwin2(511, np.linspace(0, 1, 257), 10 ** (decibels / 20)).astype("f4")
+        stem = oaconvolve(stem, equalizer[None], "same", axes=1)
+        time = np.arange(rate // 4 * 2) / rate
+        room = rng.standard_normal((2, len(time)), np.float32)
+        room *= np.exp(-time / rng.uniform(0.04, 0.15)).astype("f4")
+        room = np.fft.irfft(np.fft.rfft(room) / np.linspace(1, 8, len(time) // 2 + 1))
+        dry = stem.mean(axis=0, keepdims=True)
+        echoes = oaconvolve(dry, room.astype("f4"), axes=1)[:, : plan.N]
         stem = stem / stem.std() + wetness * rng.uniform(0.2, 1) / echoes.std() * echoes
-        stems[source] = 10 ** (rng.uniform(-1.5, 1.5) / 20) * stem / stem.std()
+        stems[source] = 10 ** (rng.uniform(-3, 3) / 20) * stem / stem.std()
     scale = rng.uniform(0.4, 0.89) / np.abs(sum(stems.values())).max()
     return {name: np.ascontiguousarray(scale * stem.T, np.float32) for name, stem in stems.items()}

@@ -232,17 +232,17 @@ def index_musdb(root, split):
     """
     files = ["mixture.wav", *(f"{source}.wav" for source in SOURCES)]
     folders = track_folders(root, "test" if split == "test" else "train", files)
+    found = {path for folder in folders for path in visible(folder, ".wav")}
+    more = sorted({path.name for path in found.difference(*folders.values())})
+    if more and split != "valid":  # which is in the same folder as "train"
+        rule = f"not among the sources ({', '.join(SOURCES)}), and in no mix of training"
+        print(utils.printable(f"{root}: {', '.join(more)}: {rule}"))
     if split != "test":
         names = [folder.name for folder in folders]
         listed = set(musdb_settings()["validation_tracks"]).intersection(names) or names[::7]
         folders = {f: p for f, p in folders.items() if (f.name in listed) == (split == "valid")}
         if not folders:
             raise UserError(f"{root}/train: has {len(names)} tracks, all for validation; add more")
-    found = {path for folder in folders for path in visible(folder, ".wav")}
-    more = sorted({path.name for path in found.difference(*folders.values())})
-    if more:
-        rule = f"not among the sources ({', '.join(SOURCES)}), and in no mix of training"
-        print(utils.printable(f"{root}: {', '.join(more)}: {rule}"))
     tracks = []
     for folder, paths in folders.items():
         mixture, *sources = map(AudioFile.open, paths)
@@ -694,7 +694,7 @@ def find_synthetic(root=None, seconds=15.0, songs=SONGS):
         if not path.name.startswith("Synthesized"):
             raise UserError(f"{path}: is no synthesized song; {remedy}")
     record, made_by = root / "songs.json", {"code": code, "seconds": seconds}
-    if not visible(root / "train"):
+    if not record.exists() and not visible(root / "train"):
         utils.save(made_by, record)
     elif not record.is_file() or utils.load(record) != made_by:
         raise UserError(f"{root}: its songs are by another data.py; remove it, or {remedy}")
@@ -904,6 +904,8 @@ def synthesize_song(seed, seconds=30.0, rate=44100):
     other = chords + rng.uniform(0.5, 2) * plucks
     stems = {"drums": drums, "bass": bass, "other": other, "vocals": synthesize_vocals(rng, plan)}
     section = 32 * plan.sixteenth  # two bars, in samples
+    time = np.arange(rate // 4 * 2) / rate  # of an echo
+    grid = np.linspace(0, 1, 257)  # frequencies, 1 is the highest
     for (source, stem), wetness in zip(stems.items(), (0.3, 0.1, 0.5, 0.4)):
         rests, drive = (0.5, 0.5) if source == "vocals" else (0.34, 6)
         sections = rng.permutation(plan.N // section + 1)
@@ -911,10 +913,9 @@ def synthesize_song(seed, seconds=30.0, rate=44100):
         stem = stem * plays.repeat(section)[: plan.N]
         drive = drive * rng.random() ** 2 / stem.std()
         stem = np.tanh(drive * stem) / drive
-        decibels = np.interp(np.linspace(0, 1, 257), 0.5 ** np.r_[9:-1:-1], rng.normal(0, 4, 10))
-        equalizer = firwin2(511, np.linspace(0, 1, 257), 10 ** (decibels / 20)).astype("f4")
+        decibels = np.interp(grid, 0.5 ** np.r_[9:-1:-1], rng.normal(0, 4, 10))
+        equalizer = firwin2(511, grid, 10 ** (decibels / 20)).astype("f4")
         stem = oaconvolve(stem, equalizer[None], "same", axes=1)
-        time = np.arange(rate // 4 * 2) / rate
         room = rng.standard_normal((2, len(time)), np.float32)
         room *= np.exp(-time / rng.uniform(0.04, 0.15)).astype("f4")
         room = np.fft.irfft(np.fft.rfft(room) / np.linspace(1, 8, len(time) // 2 + 1))

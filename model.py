@@ -1083,8 +1083,8 @@ def same_as_plain(separator, in_stages, device):
     It is not where a plain form, or `forward` itself, was changed; nor, in stages, where networks
     have none or their forward is not the composition of these.
     """
-    stages, networks = ("encode", "recur", "decode"), separator.networks
-    if in_stages and not all(hasattr(net, stage) for net in networks for stage in stages):
+    needed = itertools.product(separator.networks, ("encode", "recur", "decode"))
+    if in_stages and not all(callable(getattr(net, stage, None)) for net, stage in needed):
         return False
     module, window = sys.modules[__name__], separator.wiener_win_len and 7
     shape = max(2, separator.nb_channels), 12 * separator.n_hop

@@ -27,7 +27,7 @@ from conftest import EXCERPT, FOLDER, write_song
 import data
 import train
 from data import AudioFile, RandomMixes, WholeTracks, index_dataset, index_musdb, read_as
-from utils import SOURCES, UserError, patched, report, resample
+from utils import SOURCES, UserError, load, patched, report, resample, save
 
 with patched(shutil, "which", lambda name, *args, **kwargs: name):  # stempeg asks for ffmpeg
     import musdb
@@ -347,6 +347,7 @@ def test_more_files_than_sources(musdb_root, tmp_path, capsys):
     for folder in (tmp_path / "train").iterdir():
         shutil.copy(folder / "bass.wav", folder / "guitar.wav")
     index_musdb(tmp_path, "train")
+    index_musdb(tmp_path, "valid")  # the same folder: said once
     [line] = capsys.readouterr().out.splitlines()
     assert "guitar.wav: not among the sources (vocals, drums, bass, other)" in line
 
@@ -1183,11 +1184,16 @@ def test_songs_of_other_code(songs, tmp_path):
     (tmp_path / "songs" / "songs.json").unlink()  # as before there was one
     with pytest.raises(UserError, match="name another folder with --root"):
         data.find_synthetic(tmp_path / "songs", 8.0, {"train": 2, "test": 1})
+    mine = tmp_path / "mine" / "songs.json"
+    save(["of somebody"], mine)  # nor is a file of this name lost, or the test songs of before kept
+    with pytest.raises(UserError, match="name another folder with --root"):
+        data.find_synthetic(mine.parent, 8.0, {"train": 2, "test": 1})
+    assert load(mine) == ["of somebody"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_synthesized_song(seed):
-    """The same for the same seed; each source sounds for long enough; nothing clips."""
+    """The same for the same seed; every source sounds in at least half of the time; nothing clips."""
     song = data.synthesize_song(seed, 20.0)
     assert sorted(song) == sorted(SOURCES)
     assert {(audio.shape, str(audio.dtype)) for audio in song.values()} == {
@@ -1200,8 +1206,7 @@ def test_synthesized_song(seed):
     assert 0.1 < np.abs(sum(song.values())).max() < 0.9
     for name, audio in song.items():
         seconds = np.sqrt((audio.reshape(20, -1) ** 2).mean(1))
-        least = 0.4 if name == "vocals" else 0.5
-        assert (seconds > 0.1 * seconds.max()).mean() >= least, name
+        assert (seconds > 0.1 * seconds.max()).mean() >= 0.5, name
         assert not np.array_equal(audio[:, 0], audio[:, 1])
     assert data.synthesize_song(seed, 1.5, 16000)["drums"].shape == (24_000, 2)
 

@@ -69,9 +69,8 @@ def songs(tmp_path_factory):
     """A root with two synthesized test songs of four seconds, in which sources rest, and imperfect stems of them."""
     root = tmp_path_factory.mktemp("songs")
     for number, (source, start, end) in enumerate([("vocals", 1, 2.5), ("drums", 3, 4)]):
-        stems = {
-            name: np.round(stem.T * 32767) for name, stem in synthesize_song(number, 4.0).items()
-        }
+        song = synthesize_song(number + 1, 4.0)  # the voice of number 0 rests
+        stems = {name: np.round(stem.T * 32767) for name, stem in song.items()}
         stems[source][:, int(start * 44100) : int(end * 44100)] = 0
         stems["mixture"] = sum(stems.values())
         estimates = dict(zip(SOURCES, imperfect(as_float(stems) / 32768, number)))

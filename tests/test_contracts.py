@@ -24,15 +24,42 @@ SMALL = "--dataset {dataset} --root {root} --nfft 256 --nhop 64 --seq-dur 0.3 --
 SIZE = " --hidden-size 16"  # of what derives from OpenUnmix
 SMALL += " --batch-size 2 --lr 0.01 --device cpu --quiet"
 
+# Imports all that takes long, once, and forks for each piece of code that it is sent.
+SERVER = """
+import json, os, sys, traceback
+sys.path.insert(0, "tests")
+import conftest, matplotlib.figure, torch, torch._dynamo, utils
+torch.set_num_threads(1)
+utils.import_museval()
+for line in sys.stdin:
+    folder, code = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(os.open("printed.txt", os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("done", flush=True)
+"""
+
 DRIVER = """
 import sys
-sys.path.insert(0, {scripts!r})
+sys.path[:0] = [{scripts!r}, {scripts!r} + "/tests"]
 from pathlib import Path
 import numpy as np, soundfile, torch
 from torch import nn
 import data, model, train, utils, test
 import eval as evaluation
+from conftest import InThisProcess, sdr
 torch.set_num_threads(1)
+evaluation.ProcessPoolExecutor = InThisProcess  # which only scores
 flags = {flags!r}.split()
 
 {hack}
@@ -72,10 +99,6 @@ with torch.no_grad():
     Y = torch.cat([model.wiener(v, x, 1) for v, x in windows], dim=-1)
     expected = model.istft(Y, audio.shape[0], 256, 64)[0]
 
-def sdr(reference, estimate):
-    error = np.sum((reference - estimate) ** 2)
-    return 10 * np.log10(np.sum(reference**2) / error) if error else np.inf
-
 own = separator(x)[0].detach()
 several = len(separator.targets) > 2
 test.main(["song.wav", "--model", "open-unmix", "--quiet", "--device", "cpu", *["--residual"] * several])
@@ -108,7 +131,23 @@ def root(tmp_path_factory):
     return root
 
 
-def run_hack(folder, root, hack, after="", flags="", dataset="musdb", scored=True):
+@pytest.fixture(scope="module")
+def python():
+    """A function that runs code in a folder, in a process of its own; it returns what is printed."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=FOLDER, **pipes) as server:
+
+        def run(code, folder):
+            server.stdin.write(json.dumps([str(folder), code]) + "\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "done\n"
+            return (folder / "printed.txt").read_text()
+
+        yield run
+        server.stdin.close()
+
+
+def run_hack(python, folder, root, hack, after="", flags="", dataset="musdb", scored=True):
     """Run a hack through all scripts in a process of its own."""
     rng = np.random.default_rng(0)
     soundfile.write(folder / "song.wav", rng.uniform(-0.3, 0.3, (24000, 2)), 8000)
@@ -121,9 +160,9 @@ def run_hack(folder, root, hack, after="", flags="", dataset="musdb", scored=Tru
         dataset=dataset,
         scored=scored,
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "all of it holds" in done.stdout, done.stdout + done.stderr
-    return done.stdout
+    printed = python(code, folder)
+    assert printed.endswith("all of it holds\n"), printed
+    return printed
 
 
 UNET = """
@@ -340,14 +379,14 @@ HACKS = {
 
 
 @pytest.mark.parametrize("name", HACKS)
-def test_hack(name, root, tmp_path):
-    run_hack(tmp_path, root, **HACKS[name])
+def test_hack(name, python, root, tmp_path):
+    run_hack(python, tmp_path, root, **HACKS[name])
 
 
-def test_long_recording_without_stages(root, tmp_path):
+def test_long_recording_without_stages(python, root, tmp_path):
     """Windows only where the recording is long, and a line says so."""
     hack = UNET + "model.LONG = 10**6"
-    printed = run_hack(tmp_path, root, hack, flags="--arch unet", scored=False)
+    printed = run_hack(python, tmp_path, root, hack, flags="--arch unet", scored=False)
     assert "windows" not in printed
     after = """
     model.LONG, separator.wiener_win_len = 20, 10
@@ -356,7 +395,7 @@ def test_long_recording_without_stages(root, tmp_path):
     """
     (tmp_path / "again").mkdir()
     printed = run_hack(
-        tmp_path / "again", root, UNET, after=after, flags="--arch unet", scored=False
+        python, tmp_path / "again", root, UNET, after=after, flags="--arch unet", scored=False
     )
     assert printed.count("separated in windows") == 1
 

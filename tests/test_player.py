@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 TEMPLATE = FOLDER / "assets" / "player.html"
-RATE, SECONDS = 44100, 12
+RATE, SECONDS = 44100, 60  # not over before a slow machine has pressed all keys
 TONES = {"vocals": 440, "drums": 110, "bass": 55, "other": 880}  # Hz
 STEMS = list(TONES)
 NAMES = ["mixture", *STEMS]
@@ -63,7 +63,7 @@ def path(tmp_path_factory):
     return folder / "index.html"
 
 
-def wait(condition, seconds=30):
+def wait(condition, seconds=60):
     """The first true value of condition(); fades and audio devices take their time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -136,7 +136,7 @@ def test_starts_with_the_stems_and_in_time(player):
     assert not player.ask("playing") and play.get_attribute("aria-label") == "Play"
     assert player.pressed("mute") == ["mixture"] and player.pressed("solo") == []
     assert player.ask("duration") == pytest.approx(SECONDS, abs=0.1)
-    assert player.driver.find_element(By.ID, "time").text == "0:00 / 0:12"
+    assert player.driver.find_element(By.ID, "time").text == "0:00 / 1:00"
     play.click()
     assert player.heard() == STEMS
     assert (
@@ -204,7 +204,8 @@ def test_keys(player):
     player.press("0")
     assert player.heard() == STEMS and player.pressed("solo") == []
     player.press(Keys.SPACE)  # time stands still, however slow the browser is
-    player.seek(0.25)
+    wait(lambda: not player.ask("playing"))
+    player.seek(0.05)
     before = player.ask("currentTime()")
     player.press(Keys.ARROW_RIGHT)
     assert player.ask("currentTime()") == pytest.approx(before + 5, abs=0.01)
@@ -223,12 +224,12 @@ def test_keys(player):
 
 def test_seek_drag_and_end(player):
     player.seek(0.5)
-    assert player.ask("currentTime()") == pytest.approx(SECONDS / 2, abs=0.1)
-    assert player.driver.find_element(By.ID, "time").text.startswith(("0:05 /", "0:06 /"))
+    assert player.ask("currentTime()") == pytest.approx(SECONDS / 2, abs=0.5)
+    assert player.driver.find_element(By.ID, "time").text.startswith(("0:29 /", "0:30 /"))
     player.press(Keys.SPACE)
     player.seek(0.75, "bass")
     assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(
-        0.75 * SECONDS, abs=2
+        0.75 * SECONDS, abs=5
     )
     assert player.heard() == STEMS
     wave = player.driver.find_element(By.CSS_SELECTOR, ".wave")
@@ -237,13 +238,13 @@ def test_seek_drag_and_end(player):
         -round(width / 4), 0
     ).release().perform()
     assert player.ask("playing") and player.ask("currentTime()") == pytest.approx(
-        SECONDS / 4, abs=2
+        SECONDS / 4, abs=5
     )
     player.seek(0.98)
     wait(lambda: not player.ask("playing"))
     assert player.ask("currentTime()") == player.ask("duration")
     player.press(Keys.SPACE)  # plays again from the start
-    assert player.ask("playing") and player.ask("currentTime()") < 1
+    assert player.ask("playing") and player.ask("currentTime()") < 5
 
 
 def test_hostile_title_is_text(player):

@@ -953,8 +953,11 @@ def restore(state, checkpoint, args, given):
     for name, attribute in (("lr_decay_gamma", "factor"), ("lr_decay_patience", "patience")):
         if name in given and scheduler:
             setattr(scheduler, attribute, getattr(args, name))
-    if getattr(scheduler, "total_steps", args.epochs) < args.epochs:
-        raise UserError(f"--epochs {args.epochs}: the schedule ends at {scheduler.total_steps}")
+    end = getattr(scheduler, "total_steps", args.epochs)
+    if getattr(scheduler, "T_max", None) == saved["epochs"]:  # a cosine would rise again
+        end = saved["epochs"]
+    if end < args.epochs:
+        raise UserError(f"--epochs {args.epochs}: the schedule ends at {end}")
 
 
 def prepare_folder(folder, sources, args):

@@ -658,6 +658,12 @@ def one_cycle(network, args):
     return {"optimizer": optimizer, "scheduler": kind(optimizer, args.lr, total_steps=2)}
 
 
+def half_a_cosine(network, args):
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+    kind = torch.optim.lr_scheduler.CosineAnnealingLR
+    return {"optimizer": optimizer, "scheduler": kind(optimizer, T_max=args.epochs)}
+
+
 def no_schedule(network, args):
     return {"optimizer": torch.optim.Adam(network.parameters(), lr=args.lr)}
 
@@ -688,6 +694,13 @@ def test_a_schedule_that_ends(small, monkeypatch):
     train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
     with pytest.raises(utils.UserError, match="--epochs 3: the schedule ends at 2"):
         train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
+
+
+def test_a_cosine_does_not_rise_again(small, monkeypatch):
+    use_parts(monkeypatch, half_a_cosine)
+    small()
+    with pytest.raises(utils.UserError, match="--epochs 2: the schedule ends at 1"):
+        train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
 
 
 def test_no_schedule(small, monkeypatch):

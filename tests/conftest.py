@@ -1,6 +1,7 @@
 """What the tests share: real audio, tiny datasets and models, running the scripts as a user would."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -159,6 +160,59 @@ def run_script(*command, cwd, timeout=300, env=None, code=0, threads=1):
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert code == 0 or "Traceback" not in done.stderr, done.stderr
     return done.stdout, done.stderr
+
+
+# Imports the libraries, which takes seconds, once, and forks for each piece of code that it is sent.
+SERVER = """
+import json, os, sys, traceback
+import matplotlib.figure, torch, torch._dynamo, utils
+utils.import_torchaudio(), utils.import_museval()
+sys.path.remove(""), sys.modules.pop("utils")  # the code may bring its own
+torch.set_num_threads(1)
+for line in sys.stdin:
+    folder, code = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(os.open("printed.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        status = 0
+        try:
+            exec(code, {"__name__": "__main__"})
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def python():
+    """A function that runs code in a folder, in a process of its own: exit code and what it prints."""
+
+    def alone(code, folder):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    if not hasattr(os, "fork"):
+        yield alone
+        return
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=FOLDER, **pipes) as server:
+
+        def run(code, folder):
+            server.stdin.write(json.dumps([str(folder), code]) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+            return status, (folder / "printed.txt").read_text(encoding="utf-8")
+
+        yield run
+        server.stdin.close()
 
 
 class InThisProcess:

@@ -24,31 +24,6 @@ SMALL = "--dataset {dataset} --root {root} --nfft 256 --nhop 64 --seq-dur 0.3 --
 SIZE = " --hidden-size 16"  # of what derives from OpenUnmix
 SMALL += " --batch-size 2 --lr 0.01 --device cpu --quiet"
 
-# Imports all that takes long, once, and forks for each piece of code that it is sent.
-SERVER = """
-import json, os, sys, traceback
-sys.path.insert(0, "tests")
-import conftest, matplotlib.figure, torch, torch._dynamo, utils
-torch.set_num_threads(1)
-utils.import_museval()
-for line in sys.stdin:
-    folder, code = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.chdir(folder)
-        os.dup2(os.open("printed.txt", os.O_CREAT | os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        try:
-            exec(code, {"__name__": "__main__"})
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    os.waitpid(child, 0)
-    print("done", flush=True)
-"""
-
 DRIVER = """
 import sys
 sys.path[:0] = [{scripts!r}, {scripts!r} + "/tests"]
@@ -131,22 +106,6 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def python():
-    """A function that runs code in a folder, in a process of its own; it returns what is printed."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=FOLDER, **pipes) as server:
-
-        def run(code, folder):
-            server.stdin.write(json.dumps([str(folder), code]) + "\n")
-            server.stdin.flush()
-            assert server.stdout.readline() == "done\n"
-            return (folder / "printed.txt").read_text()
-
-        yield run
-        server.stdin.close()
-
-
 def run_hack(python, folder, root, hack, after="", flags="", dataset="musdb", scored=True):
     """Run a hack through all scripts in a process of its own."""
     rng = np.random.default_rng(0)
@@ -160,8 +119,8 @@ def run_hack(python, folder, root, hack, after="", flags="", dataset="musdb", sc
         dataset=dataset,
         scored=scored,
     )
-    printed = python(code, folder)
-    assert printed.endswith("all of it holds\n"), printed
+    status, printed = python(code, folder)
+    assert status == 0 and printed.endswith("all of it holds\n"), printed
     return printed
 
 

@@ -744,8 +744,7 @@ class SongPlan:
         self.sixteenth = int(rate * 15 / rng.uniform(72, 148))  # in samples
         self.key = rng.integers(12)
         self.scale = rng.choice(SCALES)
-        verse_chorus = rng.permutation(VERSES)[:2]  # of four bars each
-        self.chords = np.resize(verse_chorus, self.N // (16 * self.sixteenth) + 1)
+        self.chords = np.resize(rng.permutation(VERSES)[:2], self.N // (16 * self.sixteenth) + 1)
 
     def draw_notes(self, rng, rhythms, voicings=((0,),), octave=0):
         """Notes in one of the rhythms: [(first sample, end sample, Hz (voices,)), ...].
@@ -777,9 +776,8 @@ def synthesize_part(rng, plan, rhythms, voicings, octave, brightness, decay, wid
     """
     stereo = np.zeros((2, plan.N), np.float32)
     angles = np.pi / 4 * (1 + width * rng.uniform(-1, 1, 5))
-    brightness = np.float32(rng.uniform(*brightness))
-    decay = np.float32(rng.uniform(*decay))
-    attack = np.float32(rng.uniform(0.002, 0.02))
+    ranges = zip(brightness, decay, (0.002, 0.02))
+    brightness, decay, attack = rng.uniform(*ranges).astype("f4")
     hollow = np.float32(rng.choice([0, 0.3, 0.5]))
     vibrato = np.float32(rng.choice([0, 0, 0.0003]))  # seconds by which a wave comes early or late
     detuned = 1 + rng.choice([0, 0.004]) * rng.uniform(-1, 1, 5)
@@ -839,9 +837,7 @@ def synthesize_vocals(rng, plan):
     formants = curves[4:]  # a view: Hz
     pitch[:] = np.log2(notes[0][2])
     formants.T[:] = VOWELS[0]
-    breathiness = rng.uniform(0.02, 0.2)
-    depth = rng.uniform(0.01, 0.04)
-    scoop = rng.uniform(0, 0.2)
+    breathiness, depth, scoop = rng.uniform((0.02, 0.01, 0), (0.2, 0.04, 0.2))
     for start, end, hertz in notes:
         start = start // hop
         voiced = start + rng.integers(2, 8)
@@ -859,8 +855,8 @@ def synthesize_vocals(rng, plan):
     curves = np.pad(curves, ((0, 0), (reach, reach)), "edge")
     curves = sliding_window_view(curves, len(window), axis=1) @ window
     hops = np.arange(curves.shape[1])
-    curves[0] += curves[1] * np.sin(2 * np.pi * rng.uniform(5, 6) * hop / plan.rate * hops)
-    curves[0] = 2 ** curves[0]
+    wobble = np.sin(2 * np.pi * rng.uniform(5, 6) * hop / plan.rate * hops)
+    curves[0] = 2 ** (curves[0] + wobble * curves[1])
     samples = np.arange(plan.N) / hop
     hertz, level, breath = (np.interp(samples, hops, c).astype("f4") for c in curves[[0, 2, 3]])
     cycles = np.cumsum(hertz, dtype=np.float64) / plan.rate
@@ -873,9 +869,8 @@ def synthesize_vocals(rng, plan):
     window = 1.5 - np.abs(np.arange(0.5 - hop, hop, dtype=np.float32)) * 2 / hop
     voice = level * buzz + breath * rng.standard_normal(plan.N, np.float32)
     blocks = sliding_window_view(np.pad(voice, (hop, hop + -plan.N % hop)), 2 * hop)[::hop]
-    blocks = blocks * np.clip(window, 0, 1)  # the windows of neighbours add up to 1
-    blocks = np.fft.irfft(np.fft.rfft(blocks) * gain)
-    voice = (blocks[:-1, hop:] + blocks[1:, :hop]).ravel()[: plan.N]
+    blocks = np.fft.irfft(np.fft.rfft(blocks * np.clip(window, 0, 1)) * gain)
+    voice = (blocks[:-1, hop:] + blocks[1:, :hop]).ravel()[: plan.N]  # the windows add up to 1
     return rng.uniform(0.8, 1, (2, 1)).astype(np.float32) * voice
 
 
@@ -883,9 +878,7 @@ def synthesize_song(seed, seconds=30.0, rate=44100):
     """One song, the same for the same arguments: {source: (N, 2) float32}.
 
     Args:
-        seed: a non-negative integer.
-        seconds: length, at least 1.
-        rate: sample rate in Hz, at least 8000.
+        seed: a non-negative integer. seconds: length, at least 1. rate: in Hz, at least 8000.
 
     Each source rests in up to a third of the two-bar sections, the voice in up to half, and has its
     own overdrive, equalizer, room and level; their sum peaks below 0.9.
@@ -919,8 +912,7 @@ def synthesize_song(seed, seconds=30.0, rate=44100):
         room = rng.standard_normal((2, len(time)), np.float32)
         room *= np.exp(-time / rng.uniform(0.04, 0.15)).astype("f4")
         room = np.fft.irfft(np.fft.rfft(room) / np.linspace(1, 8, len(time) // 2 + 1))
-        dry = stem.mean(axis=0, keepdims=True)
-        echoes = oaconvolve(dry, room.astype("f4"), axes=1)[:, : plan.N]
+        echoes = oaconvolve(stem.mean(0, keepdims=True), room.astype("f4"), axes=1)[:, : plan.N]
         stem = stem / stem.std() + wetness * rng.uniform(0.2, 1) / echoes.std() * echoes
         stems[source] = 10 ** (rng.uniform(-3, 3) / 20) * stem / stem.std()
     scale = rng.uniform(0.4, 0.89) / np.abs(sum(stems.values())).max()

@@ -178,7 +178,7 @@ for line in sys.stdin:
         os.dup2(1, 2)
         status = 0
         try:
-            exec(code, {"__name__": "__main__"})
+            exec(code)  # in __main__: there other processes look for its classes
         except SystemExit as end:
             status = end.code
         except BaseException:

@@ -44,7 +44,8 @@ import utils
 from data import LAYOUTS, Track, index_dataset, read_as
 from model import aggregation, expectation_maximization, istft, separator_from_flags, stft
 from model import sum_targets as sum_stems
-from utils import SOURCES, UserError, check_output, load, number, printable, process_rank
+from utils import SOURCES, UserError, check_output, identities, load, number, printable
+from utils import process_rank
 
 METRICS = ("SDR", "ISR", "SIR", "SAR")  # museval's, of each frame
 WHOLE = ("uSDR", "SI-SDR")  # of the whole track
@@ -552,7 +553,7 @@ def unfinished(jobs, others, args):
         if ours:
             with open(args.csv, errors="replace") as file:
                 ours = file.readline(100).rstrip() == ",".join(COLUMNS)
-        check_output(args.csv, read, roots, ours)
+        check_output(args.csv, identities(read), roots, ours)
     return todo
 
 

@@ -81,7 +81,7 @@ def main(arguments=None):
     args.sums = aggregation(separator.targets, args.aggregate)
     if len({name.lower() for name in args.sums}) < len(args.sums):
         raise UserError(f"two stems would have one name: {', '.join(args.sums)}; rename one")
-    args.inputs = tuple(path for path, _ in songs)
+    args.inputs = utils.identities([path for path, _ in songs])
     args.fingerprint = separator.fingerprint()
     failed = []
     for step in (check_outputs, process):  # everything is checked before work starts
@@ -208,7 +208,7 @@ def export(args):
     if path.exists() and not ours:
         with contextlib.suppress(UserError):
             ours = bool(load_onnx(path))
-    utils.check_output(path, [args.model], ours=ours)
+    utils.check_output(path, utils.identities([args.model]), ours=ours)
     separator = load_separator(args.model, args.targets)
     export_onnx(separator, path)
     stems = ", ".join(separator.targets)

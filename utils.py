@@ -339,11 +339,12 @@ def only_writer(path, what, wait=True):
 def check_output(path, inputs=(), roots=(), ours=False):
     """Decide, before work starts, whether `path` may be written; returns it as a Path.
 
-    Raises UserError where it is one of `inputs` (also by a link), lies in one of `roots`, folders
-    of data, or exists without being `ours`: written by us, or given up by --overwrite.
+    Raises UserError where it is one of the inputs, `identities` of files (a link is one, too), lies
+    in one of `roots`, folders of data, or exists without being `ours`: written by us, or given up
+    by --overwrite.
     """
     path = Path(path)
-    if identities((path,)) & all_identities(tuple(inputs)):
+    if not identities([path]).isdisjoint(inputs):
         raise UserError(f"{path}: is an input, which is never written to; choose another folder")
     for root in (Path(root).resolve() for root in roots):
         if root in (path.resolve(), *path.resolve().parents):
@@ -361,9 +362,6 @@ def identities(paths):
             status = os.stat(path)
             found.add((status.st_dev, status.st_ino))
     return found
-
-
-all_identities = functools.lru_cache(1)(identities)  # of a thousand songs, asked once for each
 
 
 def stamp(path):

@@ -20,8 +20,8 @@ import torch
 from conftest import FOLDER, sdr
 
 import utils
-from utils import AudioFile, Parser, UserError, atomic_write, check_output, download, load, number
-from utils import only_writer, resample, resample_blocks, save, select_device
+from utils import AudioFile, Parser, UserError, atomic_write, check_output, download, identities
+from utils import load, number, only_writer, resample, resample_blocks, save, select_device
 
 # --------------------------------------------------------------------------------- command lines
 
@@ -310,6 +310,7 @@ def test_what_may_be_written(tmp_path):
     (tmp_path / "soft").symlink_to(song)
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "in").symlink_to(data)
+    inputs = identities([song])
     for name, ours, message in [
         ("song.wav", True, "is an input"),
         ("data/../song.wav", True, "is an input"),
@@ -326,10 +327,10 @@ def test_what_may_be_written(tmp_path):
         ("database", False, None),
     ]:
         if message is None:
-            assert check_output(tmp_path / name, [song], [data], ours) == tmp_path / name
+            assert check_output(tmp_path / name, inputs, [data], ours) == tmp_path / name
         else:
             with pytest.raises(UserError, match=message):
-                check_output(tmp_path / name, [song], [data], ours)
+                check_output(tmp_path / name, inputs, [data], ours)
 
 
 IN_A_CALLBACK = """

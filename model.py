@@ -169,31 +169,6 @@ def over_frames(batch_norm, h):
     return batch_norm(h.flatten(0, 1)).view_as(h)
 
 
-class ConvUnmix(OpenUnmix):
-    """Dilated convolutions in place of the LSTM: sees 1 s to either side, trains faster.
-
-    Here as an example of another network: nothing else in the project knows which one it has.
-    """
-
-    def __init__(self, *args, nb_layers=4, **kwargs):
-        super().__init__(*args, nb_layers=1, **kwargs)
-        self.past_only = not self.lstm.bidirectional
-        del self.lstm
-        size = self.hidden_size
-        self.layers = nn.ModuleList(
-            nn.Conv1d(size, size, 3, dilation=3**layer, groups=4) for layer in range(nb_layers)
-        )
-
-    def recur(self, h):
-        """Residual convolutions and the skip connection: (T, B, H) -> (T, B, H)."""
-        context = h.permute(1, 2, 0)  # (B, H, T)
-        for layer in self.layers:
-            reach = layer.dilation[0]
-            padding = (2 * reach, 0) if self.past_only else (reach, reach)
-            context = context + F.relu(layer(F.pad(context, padding)))
-        return self.join(h, context.permute(2, 0, 1))  # (T, B, H)
-
-
 class XUMX(OpenUnmix):
     """X-UMX (CrossNet-Open-Unmix): a network per source, which share their averaged hidden states.
 
@@ -246,7 +221,7 @@ def bridge(networks):
     return bridged
 
 
-ARCHITECTURES = {"blstm": OpenUnmix, "conv": ConvUnmix, "xumx": XUMX}
+ARCHITECTURES = {"blstm": OpenUnmix, "xumx": XUMX}
 
 
 def make_network(arch="blstm", **settings):

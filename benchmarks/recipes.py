@@ -53,7 +53,7 @@ ROWS = {  # name: the recipe, which of its diffs, and flags
     "half the hidden size": (None, 0, "--hidden-size {half}"),
     "twice the hidden size": (None, 0, "--hidden-size {double}"),
     "GRU": ("Another network", 0, "--arch gru"),
-    "convolutions": (None, 0, "--arch conv"),
+    "convolutions": ("Another network", 1, "--arch conv"),
     "log input": ("Another representation", 0, ""),
     "STFT of 2048": (None, 0, "--nfft 2048 --nhop 512"),
     "no augmentation": (None, 0, "--source-augmentations"),

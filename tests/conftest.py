@@ -18,8 +18,11 @@ import utils
 
 utils.import_torchaudio()  # so that openunmix, which imports it, can
 
+from torch import nn  # noqa: E402
+
+import model  # noqa: E402
 from data import decode_stem  # noqa: E402
-from model import make_network  # noqa: E402
+from model import OpenUnmix, make_network  # noqa: E402
 
 FOLDER = Path(__file__).parents[1]
 STEMPEG = Path(importlib.util.find_spec("stempeg").origin).parent
@@ -30,6 +33,30 @@ def pytest_configure():
     torch.set_num_threads(1)  # tests run in two processes
     # a shell's background jobs, and all they start, ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class ConvUnmix(OpenUnmix):
+    """Somebody's network: dilated convolutions in place of the LSTM, 40 frames to either side."""
+
+    def __init__(self, *args, nb_layers=4, **kwargs):
+        super().__init__(*args, nb_layers=1, **kwargs)
+        self.past_only = not self.lstm.bidirectional
+        del self.lstm
+        size = self.hidden_size
+        self.layers = nn.ModuleList(
+            nn.Conv1d(size, size, 3, dilation=3**layer, groups=4) for layer in range(nb_layers)
+        )
+
+    def recur(self, h):
+        context = h.permute(1, 2, 0)  # (B, H, T)
+        for layer in self.layers:
+            reach = layer.dilation[0]
+            padding = (2 * reach, 0) if self.past_only else (reach, reach)
+            context = context + nn.functional.relu(layer(nn.functional.pad(context, padding)))
+        return self.join(h, context.permute(2, 0, 1))  # (T, B, H)
+
+
+model.ARCHITECTURES["conv"] = ConvUnmix
 
 
 def sdr(reference, estimate):

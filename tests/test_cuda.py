@@ -16,6 +16,7 @@ import importlib
 
 import pytest
 import torch
+from conftest import ConvUnmix
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,7 @@ import model
 import test
 import train
 import utils
-from model import ConvUnmix, OpenUnmix, Separator, wiener
+from model import OpenUnmix, Separator, wiener
 
 BINS, LENGTH = 129, 640  # of an STFT of 256; samples: an LSTM is walked frame by frame
 ARCHITECTURES = {"blstm": OpenUnmix, "conv": ConvUnmix}

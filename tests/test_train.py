@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import FOLDER, make_model, run_script, sdr, write_song
+from conftest import FOLDER, ConvUnmix, make_model, run_script, sdr, write_song
 
 import train
 import utils
-from model import ConvUnmix, OpenUnmix, load_separator, stft
+from model import OpenUnmix, load_separator, stft
 from utils import UserError, load
 
 SIZES = "--nfft 256 --nhop 64 --hidden-size 16"

@@ -435,7 +435,7 @@ def files_of(tracks):
 def most_common_rate(tracks, sample_rate=None):
     """`sample_rate`, or that of most files, in Hz; prints which files are slow to read."""
     files = files_of(tracks)
-    rates = collections.Counter(audio.rate for audio in files)
+    rates = collections.Counter(sorted(audio.rate for audio in files))
     sample_rate = sample_rate or rates.most_common(1)[0][0]
     if others := [f"{rate} Hz" for rate in sorted(rates) if rate != sample_rate]:
         slow = "are resampled as they are read: convert them for speed"
@@ -468,8 +468,9 @@ def load_datasets(tracks, layout_name, targets, sample_rate, nb_channels=2, **ex
     if layout.songs:
         valid = WholeTracks(tracks["valid"], targets, **settings)
         return train, valid, WholeTracks(tracks["train"], (), **settings)
+    examples["seed"] = 0  # always the same mixes
     fixed = [RandomMixes(tracks[split], targets, **examples) for split in ("valid", "train")]
-    for mixes in fixed:  # always the same
+    for mixes in fixed:
         mixes.samples_per_epoch = max(100, len(mixes.tracks))
     return train, *fixed
 
@@ -596,6 +597,7 @@ def decode_stems(root, cache):
 
 def decode_stem(stem, folder):
     """Decode a stem file to five 16-bit WAV files, within a unit of what musdb decodes."""
+    record = {"path": str(Path(stem).resolve()), "stamp": utils.stamp(stem)}
     with new_folder(folder) as unfinished:
         for number, name in enumerate(("mixture", "drums", "bass", "other", "vocals")):
             try:
@@ -614,7 +616,6 @@ def decode_stem(stem, folder):
                     file.write(samples.clip(-32768, 32767).astype(np.int16))
                 if file.frames < seconds * stream.rate - 4096:  # an encoder's delay and padding
                     raise UserError(f"{stem}: is cut short; replace it")
-        record = {"path": str(Path(stem).resolve()), "stamp": utils.stamp(stem)}
         utils.save(record, unfinished / "source.json")
 
 
@@ -678,6 +679,9 @@ def new_folder(folder):
 # ------------------------------------------------------------------------------- songs from a seed
 
 SONGS = {"train": 56, "test": 8}
+# The code that makes them, as it is imported: other code makes other songs.
+SONGS_CODE = Path(__file__).read_text(encoding="utf-8").partition("\ndef make_song")[2]
+SONGS_CODE = hashlib.sha256(SONGS_CODE.encode()).hexdigest()[:6]
 
 
 def find_synthetic(root=None, seconds=15.0, songs=SONGS):
@@ -686,14 +690,12 @@ def find_synthetic(root=None, seconds=15.0, songs=SONGS):
     That is the excerpt of MUSDB18 that stempeg ships: a score on real music stands beside the
     others. Raises UserError for a folder with other songs in it, or those of other code.
     """
-    code = Path(__file__).read_text(encoding="utf-8").partition("\ndef make_song")[2]
-    code = hashlib.sha256(code.encode()).hexdigest()[:6]
-    root = Path(root or Path.home() / "MUSDB18" / f"synthetic-{code}").expanduser()
+    root = Path(root or Path.home() / "MUSDB18" / f"synthetic-{SONGS_CODE}").expanduser()
     remedy = "name another folder with --root"
     for path in visible(root / "train"):
         if not path.name.startswith("Synthesized"):
             raise UserError(f"{path}: is no synthesized song; {remedy}")
-    record, made_by = root / "songs.json", {"code": code, "seconds": seconds}
+    record, made_by = root / "songs.json", {"code": SONGS_CODE, "seconds": seconds}
     if not record.exists() and not visible(root / "train"):
         utils.save(made_by, record)
     elif not record.is_file() or utils.load(record) != made_by:

@@ -17,7 +17,9 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends at once: nothing is to be cleaned up
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import inspect
 import itertools
@@ -262,11 +264,14 @@ def score_track(job, args, estimates=None):
 
     Returns museval's "targets", silent stems, which have none, and the estimates if they are kept.
     """
+    if job.settings["code"] != scoring_code():
+        why = "eval.py, or what it uses, is another one in this process than in its files"
+        raise UserError(f"{why}, which score in other processes: edit them, and start again")
     shape = track_shape(job.track)
     sources = {name: read_as(audio, **shape) for name, audio in job.track.sources.items()}
     references = {stem: sum(sources[part] for part in parts) for stem, parts in job.stems.items()}
     if job.method == "estimates":
-        estimates = read_estimates(job.track, args)
+        estimates = read_estimates(job, args)
     elif job.method != "model":
         estimates = oracle(job.method, read_mixture(job.track), sources, job.stems)
     left_out = [stem for stem in references if silent(references[stem])]
@@ -339,11 +344,12 @@ def separate(separator, track, args):
     return {stem: audio.numpy() for stem, audio in stems.items()}
 
 
-def read_estimates(track, args):
+def read_estimates(job, args):
     """Stems that any program made, summed as --aggregate asks: {stem: (C, N)}."""
-    shape, parts = track_shape(track), {}
-    for name in {name for names in args.sums.values() for name in names}:
-        path = Path(args.estimates, args.subset, track.name, f"{name}.wav")
+    shape, parts = track_shape(job.track), {}
+    sums = {stem: args.sums[stem] for stem in job.stems}
+    for name in {name for names in sums.values() for name in names}:
+        path = Path(args.estimates, args.subset, job.track.name, f"{name}.wav")
         audio = utils.AudioFile.open(path)
         longer = audio.length - shape["length"]
         if (audio.rate, longer) != (shape["rate"], 0) or audio.channels > shape["channels"]:
@@ -351,7 +357,7 @@ def read_estimates(track, args):
             against = f"against the track's {shape['rate']} Hz and {shape['channels']} channels"
             raise UserError(f"{path}: {has} {against}; export it again")
         parts[name] = read_as(audio, **shape)
-    return {stem: sum(parts[name] for name in names) for stem, names in args.sums.items()}
+    return {stem: sum(parts[name] for name in names) for stem, names in sums.items()}
 
 
 # -------------------------------------------------------------------------------------- all tracks
@@ -399,14 +405,15 @@ def parse_args(arguments):
     add("--dataset", choices=list(layouts), default="musdb", help="layout of the data, see data.py")
     add("--root", help="folder of the data (default: what train.py without --root uses)")
     add("--subset", choices=["test", "train"], default="test", help="which tracks to score")
-    flags = {}  # of any layout, with the defaults that its functions have
+    flags = {}  # of any layout; where one is not given, its function has a default
     for layout in layouts.values():
         for function in filter(None, (layout.index, layout.find)):
             parameters = inspect.signature(function).parameters.values()
             flags.update({p.name: p.default for p in parameters if p.name in layout.all_flags})
     for name, default in flags.items():
         kind = {"nargs": "+"} if isinstance(default, list | tuple) else {}
-        kind = {"action": "store_true"} if default is False else {"default": default, **kind}
+        kind = {"action": "store_true"} if default is False else kind
+        kind["default"] = argparse.SUPPRESS
         add(f"--{name.replace('_', '-')}", **kind, help="of some layouts, see data.py")
     add = parser.add_argument_group("what is scored").add_argument
     what = "mixture, share: floors; ibm, irm, irm2, phase, mwf: ceilings, of the true stems"
@@ -452,7 +459,11 @@ def whole_name(path):
 def find_tracks(args):
     splits = ("test",) if args.subset == "test" else ("train", "valid")
     tracks = index_dataset(args.dataset, args.root, splits, **vars(args))
-    return sorted((track for split in splits for track in tracks[split]), key=lambda t: t.name)
+    tracks = sorted((track for split in splits for track in tracks[split]), key=lambda t: t.name)
+    for one, other in itertools.pairwise(tracks):
+        if one.name == other.name:
+            raise UserError(f"{one.name}: two tracks have this name, in {splits}; rename one")
+    return tracks
 
 
 def in_order(names):
@@ -472,8 +483,9 @@ def make_jobs(tracks, separator, args):
 
     def sources_of(target, track):
         if target == rest:
-            return [source for source in track.sources if source not in targets[:-1]]
-        if target == "accompaniment" and "vocals" in track.sources:
+            known = {name for other in targets[:-1] for name in sources_of(other, track)}
+            return [source for source in track.sources if source not in known]
+        if target == "accompaniment" and target not in track.sources and "vocals" in track.sources:
             return [source for source in track.sources if source != "vocals"]
         return [target] if target in track.sources else []
 
@@ -481,7 +493,7 @@ def make_jobs(tracks, separator, args):
         if target != rest and not any(sources_of(target, track) for track in tracks):
             has = f"it has {', '.join(names)}"
             raise UserError(f"{target}: the data has no such source to compare with; {has}")
-    made_with = {"sums": args.sums, "engine": args.engine, "code": utils.code_fingerprint()}
+    made_with = {"sums": args.sums, "engine": args.engine, "code": scoring_code()}
     made_with["model"] = separator.fingerprint() if separator else None
     jobs = []
     for track in tracks:
@@ -492,16 +504,15 @@ def make_jobs(tracks, separator, args):
                 stems[stem] = sources
         for method in args.method if stems else ():
             place, kept = Path(args.subset, track.name), {}
-            files = files_of(track)
-            if method == "estimates":
-                files |= set(map(str, Path(args.estimates, place).glob("*.wav")))
             if method in METHODS and args.outdir:
                 kept = Path(args.outdir, "" if method == "model" else method, place)
                 names = args.sums if method == "model" else stems
                 kept = {stem: kept / f"{stem}.wav" for stem in names}
             folder = args.evaldir / ("" if method in ("model", "estimates") else method)
-            settings = {**made_with, "method": method, "stems": stems, "files": stamps(files)}
+            settings = {**made_with, "method": method, "stems": stems, "track": repr(track)}
             settings["model"] = made_with["model"] if method == "model" else None
+            if method == "estimates":
+                settings["files"] = stamps(Path(args.estimates, place).glob("*.wav"))
             jobs.append(Job(method, track, stems, folder / f"{place}.json", settings, kept))
     return jobs
 
@@ -527,6 +538,12 @@ def files_of(track):
 
 def stamps(paths):
     return {str(path): utils.stamp(path) for path in sorted(paths)}
+
+
+def scoring_code():
+    """A digest of the code that scores, in this process: a notebook may have replaced some."""
+    digest = hashlib.sha256(utils.code_of(score_track).encode()).hexdigest()[:16]
+    return f"{utils.code_fingerprint()}-{digest}"
 
 
 def unfinished(jobs, others, args):
@@ -584,7 +601,7 @@ def evaluate(jobs, separator, args):
         return []
     pending, failed, left_out = [], [], set()
     bar = tqdm(total=len(jobs), desc="tracks", unit="track", disable=process_rank()[0] > 0)
-    workers = min(args.workers, len(jobs))
+    workers, top = min(args.workers, len(jobs)), sys.modules["__main__"]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     environment, processes = dict(os.environ), multiprocessing.active_children()
 
@@ -615,6 +632,10 @@ def evaluate(jobs, separator, args):
             failed.append((job.method, job.track.name))
             bar.update()
 
+    hidden = contextlib.ExitStack()
+    for name in ("__file__", "__spec__") if __name__ not in ("__main__", "__mp_main__") else ():
+        if hasattr(top, name):  # a script that calls `main`, which its processes are not to run
+            hidden.enter_context(utils.patched(top, name, None))
     try:
         # One thread each, and all scoring in such processes: rounding, and so a score, never
         # depends on how many there are.
@@ -638,6 +659,7 @@ def evaluate(jobs, separator, args):
     finally:
         os.environ.clear()
         os.environ.update(environment)
+        hidden.close()
         pool.shutdown(cancel_futures=True)
         bar.close()
     for track, stem in sorted(left_out):
@@ -670,7 +692,10 @@ def read_scores(method, track, path):
     """The scores in museval's JSON as a table of COLUMNS."""
     rows = []
     try:
-        for target in load(path)["targets"]:
+        targets = load(path)["targets"]
+        if len({target["name"] for target in targets}) < len(targets):
+            raise ValueError("two targets of one name")
+        for target in targets:
             names = method, track, utils.check_name(target["name"], f"{path}: the target")
             for frame in target["frames"]:
                 scores = frame["metrics"]
@@ -678,7 +703,7 @@ def read_scores(method, track, path):
             for metric, score in target.get("whole_track", {}).items():
                 rows.append((*names, metric, math.nan, score))
         table = pd.DataFrame(rows, columns=COLUMNS).astype({"time": float, "score": float})
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise UserError(f"{path}: is not museval's JSON; remove it") from None
     return table.assign(score=table["score"].where(np.isfinite(table["score"])))
 
@@ -745,6 +770,7 @@ def box_plot(scores, title, path):
     """Draw the scores of a table (track, method) as boxes over tracks, the best at the top."""
     columns = [scores[method].dropna() for method in scores.median().sort_values().index]
     labels = [f"{s.name} ({len(s)} tracks): {s.median():.2f}" for s in columns]
+    title, *labels = (text.replace("$", r"\$") for text in (title, *labels))  # not a formula
     picture, axes = utils.figure(1, 1, (8, 1.3 + 0.42 * len(columns)))
     axis = axes[0, 0]
     axis.boxplot(columns, orientation="horizontal", showfliers=False, tick_labels=labels)

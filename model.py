@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import SOURCES, UserError, atomic_write, check_name, code_of, download, has_bfloat16
-from utils import load, patched, precise, select_device, use_amp
+from utils import SOURCES, UserError, atomic_write, check_name, code_of, compiled, download
+from utils import has_bfloat16, load, patched, precise, select_device, use_amp
 
 # ------------------------------------------------------------------------------------------ STFT
 
@@ -142,7 +142,7 @@ class OpenUnmix(nn.Module):
     def recur(self, h):
         """BLSTM, skip connection, fc2, batch norm, ReLU: (T, B, H) -> (T, B, H)."""
         context = run_lstm(self.lstm, h)  # (T, B, H)
-        return in_blocks(self.join, h, context)  # (T, B, H)
+        return in_blocks(self.join, h, context) if not self.training else self.join(h, context)
 
     def join(self, h, context):
         h = self.fc2(torch.cat([h, context], dim=-1))  # (T, B, 2 H) -> (T, B, H)
@@ -383,7 +383,7 @@ class Separator(nn.Module):
         self.names, self.networks = list(target_models), nn.ModuleList(target_models.values())
         self.targets = []
         for target, network in target_models.items():
-            self.targets += getattr(network, "sources", [target])
+            self.targets += getattr(network, "sources", None) or [target]
         self.estimated, self.rows = [*self.targets], slice(None)  # all; `select` keeps some
         self.residual = False
         if residual:
@@ -412,6 +412,8 @@ class Separator(nn.Module):
         name = "residual" if name is True else name
         if name in self.targets:
             raise UserError(f"--residual {name}: a target has this name; choose another")
+        if name == "accompaniment" and self.targets != ["vocals"]:
+            raise UserError(f"--residual {name}: is all but vocals, and no other; choose another")
         self.residual = True
         self.targets.append(name)
 
@@ -457,16 +459,14 @@ class Separator(nn.Module):
 
     def fingerprint(self):
         """A digest of all that decides the estimates: weights, settings, device and precision."""
-        networks = [getattr(network, "made_with", None) for network in self.networks]
-        for module in self.networks.modules():
-            known = {
-                k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple)
-            }
-            networks.append((code_of(type(module)), sorted(known.items())))
-        function = code_of(self.wiener)
-        settings = [self.targets, self.niter, self.softmask, self.wiener_win_len, self.nb_channels]
-        settings += [self.sample_rate, self.n_fft, self.n_hop, self.amp, function]
-        digest = hashlib.blake2b(repr([networks, settings]).encode(), digest_size=16)
+        digest = hashlib.blake2b(code_of(self.wiener).encode(), digest_size=16)
+        plain = int | float | str | tuple | list | dict
+        for module in self.modules():
+            known = {name: value for name, value in vars(module).items() if name[0] != "_"}
+            for name, value in known.items():
+                if isinstance(value, plain) or inspect.isroutine(value):
+                    digest.update(repr((name, compiled(value))).encode())
+            digest.update(code_of(type(module)).encode())
         for name, value in self.state_dict().items():
             digest.update(f"{name} {value.device.type}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -535,7 +535,7 @@ def load_separator(
         networks, niter, softmask, False, wiener_win_len, **stft_settings, **others
     )
     if targets:  # a network's name stands for all that it estimates
-        parts = (getattr(networks.get(target), "sources", [target]) for target in targets)
+        parts = (getattr(networks.get(target), "sources", None) or [target] for target in targets)
         separator.select(dict.fromkeys(itertools.chain(*parts)))
     if residual:
         separator.add_residual(residual)
@@ -582,7 +582,7 @@ def load_folder(folder, targets=None, device="cpu"):
     # what has no file of its own may be one of a joint network's sources
     for name in files if joint else choose_targets(folder, targets, files):
         network = load_network(weights[name], folder / f"{name}.json", settings, device)
-        sources = getattr(network, "sources", [])
+        sources = getattr(network, "sources", None) or []
         available += sources
         if not joint or {name, *sources} & set(targets):
             networks[name] = network
@@ -731,7 +731,7 @@ def aggregation(targets, text=None):
         sums = json.loads(text)
         if not sums or not all(isinstance(parts, list) and parts for parts in sums.values()):
             raise ValueError("not an object of lists")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         example = '{"rest": ["drums", "bass"]}'
         raise UserError(f"--aggregate: is not JSON such as {example} ({error})") from None
     for stem, parts in sums.items():
@@ -739,6 +739,8 @@ def aggregation(targets, text=None):
         for target in parts:
             if target not in targets:
                 raise UserError(f"--aggregate: unknown target {target!r}; there are {targets}")
+        if len(set(parts)) < len(parts):
+            raise UserError(f"--aggregate: {stem} is to have a target twice: {', '.join(parts)}")
     return sums
 
 
@@ -1058,8 +1060,9 @@ def same_as_plain(separator, in_stages, device):
     It is not where a plain form, or `forward` itself, was changed; nor, in stages, where networks
     have none or their forward is not the composition of these.
     """
-    needed = itertools.product(separator.networks, ("encode", "recur", "decode"))
-    if in_stages and not all(callable(getattr(net, stage, None)) for net, stage in needed):
+    if in_stages and not all(map(has_stages, separator.networks)):
+        return False
+    if "forward" in vars(separator) or type(separator).forward is not FORWARD:
         return False
     module, window = sys.modules[__name__], separator.wiener_win_len and 7
     shape = max(2, separator.nb_channels), 12 * separator.n_hop
@@ -1078,12 +1081,28 @@ def same_as_plain(separator, in_stages, device):
     return found.shape == expected.shape and (found - expected).norm() <= 1e-4 * expected.norm()
 
 
+FORWARD = Separator.forward
+
+
+def has_stages(network):
+    """Whether a network has the stages, and no `forward` that was put over theirs alone."""
+
+    def depth(name):  # 0: the class's own, 1: its parent's, ...
+        return next((n for n, k in enumerate(type(network).__mro__) if name in vars(k)), 0)
+
+    stages = ("encode", "recur", "decode")
+    offers = all(callable(getattr(network, stage, None)) for stage in stages)
+    over = "forward" in vars(network) or depth("forward") < min(map(depth, stages))
+    return offers and not over
+
+
 def is_plain(layer, kind):
     """Whether a fast form may replace a layer: it is no subclass, and nobody listens to it.
 
     An ONNX file gets the plain forms: traced, most fast ones would hold for one T only.
     """
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, "forward" in vars(layer)]
+    hooks += layer._backward_hooks, layer._backward_pre_hooks
     return FAST and type(layer) is kind and not (any(hooks) or torch.onnx.is_in_onnx_export())
 
 

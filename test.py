@@ -57,6 +57,8 @@ def separate(separator, mixture, stems, sums, quiet=False):
         estimates = (block.float().cpu() for block in blocks)  # a GPU would resample in TF32
         for block in resample_blocks(estimates, separator.sample_rate, mixture.rate):
             block = block[..., :left]  # (J, C, n)
+            if not block.numel():
+                continue
             left -= block.shape[-1]
             if not block.isfinite().all():
                 broken = "the model makes NaN or infinite samples of it: use another"
@@ -118,6 +120,12 @@ def process(separator, path, folder, args):
             record = make_stems(separator, mixture, folder, {**record, **wanted}, args)
             speed = f"{seconds / (time.time() - start):.1f} times as fast as it plays"
             print(printable(f"{folder}: {stems}; {seconds:.1f} s of audio, {speed}"))
+            made = [f"{stem}.{args.ext}" for stem in args.sums]
+            made += [PAGE] * args.html + [PICTURE] * args.plot
+            old = [file for file in record["files"] if file not in made]
+            if old := [file for file in old if (folder / file).exists()]:
+                kept = f"{', '.join(old)}: of an earlier command, kept as they are"
+                print(printable(f"{folder}: {kept}"))
         else:
             print(printable(f"{folder}: kept {stems} (--overwrite makes them anew)"))
         if args.plot or args.html:
@@ -183,7 +191,7 @@ def parse_args(arguments):
     what = "separate nothing: write the model's networks as ONNX (see model.export_onnx)"
     add("--export", metavar="FILE.onnx", help=what)
     utils.add_separation_flags(parser)
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     args, given = parser.parse_args(arguments), parser.given(arguments)
     alone = {  # what is not for songs: (flags that it uses, why it does not use the others)
         "export": ({"overwrite", "quiet", "model", "targets"}, "which separates nothing"),
@@ -218,10 +226,12 @@ def export(args):
 
 def find_songs(inputs, outdir):
     """Files, folders, patterns -> sorted [(file, name of its output folder)], in every process."""
-    names, outdir = {}, Path(outdir).absolute()
+    names, outdir = {}, Path(outdir).resolve()
     for item in inputs:
+        if not item:
+            raise UserError("an input has no name: name a file or a folder")
         if Path(item).is_dir():  # a folder's songs keep their place below it
-            paths = [p for p in Path(item).rglob("*") if outdir not in p.absolute().parents]
+            paths = Path(item).rglob("*")
             found = {path: path.relative_to(item).parent / song_name(path) for path in paths}
         elif glob.has_magic(item) and not Path(item).exists():
             found = {Path(path): song_name(Path(path)) for path in glob.glob(item, recursive=True)}
@@ -229,6 +239,7 @@ def find_songs(inputs, outdir):
             names[Path(item)] = song_name(Path(item))
             continue
         found = {path: str(name) for path, name in found.items() if is_audio(path)}
+        found = {path: found[path] for path in found if outdir not in path.resolve().parents}
         if not found:
             raise UserError(f"{item}: no audio files there but what may be in --outdir ({AUDIO})")
         names.update(found)
@@ -434,6 +445,8 @@ def compare(args):
         if not files:
             raise UserError(f"{folder}: holds no stems, files such as vocals.wav ({AUDIO})")
         for path in files:
+            if (name, path.stem) in stems[path.stem]:
+                raise UserError(f"{path}: there is another {path.stem}; move one of them away")
             stems[path.stem][name, path.stem] = Recording(path)
     versions = {key: v for pairs in stems.values() if len(pairs) > 1 for key, v in pairs.items()}
     if not versions:
@@ -447,6 +460,7 @@ def compare(args):
     record = read_record(page.parent)
     ours = page.exists() and record["files"].get(PAGE) == utils.stamp(page)
     utils.check_output(page, ours=ours or args.overwrite)
+    utils.check_output(page.parent / RECORD, ours=bool(record["files"]) or args.overwrite)
     write_page("Side by side" if others else title, versions, page)
     write_record(record, page.parent, [PAGE])
     return 0

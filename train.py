@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import shutil
 import subprocess
@@ -94,7 +95,9 @@ def validate(network, dataset, args, device):
         x, y = (waveform[None].to(device) for waveform in dataset[index])
         shared = []
         for name, metric in metrics.items():
-            with patched(network, "forward", computed_once(network, shared)):
+            once = metric in (metrics["loss"], compute_sdr)  # which run the network on the same x
+            forward = computed_once(network, shared) if once else network.forward
+            with patched(network, "forward", forward):
                 value = float(metric(network, x, y, args))
                 if name == "loss" or not math.isnan(value):  # no SDR where the target is silent
                     sums[name] = [sums[name][0] + value, sums[name][1] + 1]
@@ -141,7 +144,7 @@ def main(arguments=None):
     if flags.download:
         return fetch(flags)
     trainings = choose_trainings(flags, given)
-    args, statistics = trainings[0][1] if trainings else flags, None
+    args = trainings[0][1] if trainings else flags
     device = set_up(args)
     networks = [first_network(*training) for training in trainings]
     for target, args, checkpoint in trainings:
@@ -152,13 +155,11 @@ def main(arguments=None):
         train_set, valid_set, mixtures = make_datasets(tracks, sources, args)
         check_examples(target, train_set, valid_set, args)
         if not (checkpoint or args.model):
-            if flags.checkpoint or not statistics:  # else all targets have the same mixtures
-                statistics = input_statistics(mixtures, args, device)
-            network = new_network(args, **statistics)
+            network = new_network(args, **input_statistics(mixtures, args, device))
         record = checkpoint["record"] if checkpoint else new_record(target, network)
         rehearse(network, valid_set, record, args)
-        if not flags.checkpoint and target == args.target[0]:
-            for folder in dict.fromkeys([Path(flags.output), Path(args.output)]):
+        if not flags.checkpoint and args is trainings[0][1]:
+            for folder in (Path(flags.output), *sorted(Path(flags.output).glob("seed-*"))):
                 prepare_folder(folder, sources, args)
         with only_training(target, args), tf32(device):
             state = make_state(network.to(device), args)
@@ -249,7 +250,11 @@ def first_network(target, args, checkpoint=None):
         raise UserError(f"--model {args.model}: ONNX can't be trained; name the folder it is from")
     bridged = args.arch == "xumx"  # from networks that were trained one by one
     separator = load_separator(args.model, None if bridged else [target])
-    network = bridge(separator.target_models) if bridged else separator.target_models[target]
+    networks = separator.target_models
+    if not bridged and target not in networks:
+        is_one = f"{target} is one of several sources of its network {', '.join(networks)}"
+        raise UserError(f"--model {args.model}: {is_one}; train it as --target all")
+    network = bridge(networks) if bridged else networks[target]
     theirs = {"nfft": separator.n_fft, "nhop": separator.n_hop, **network.made_with}
     theirs |= {"sample_rate": separator.sample_rate, "nb_channels": separator.nb_channels}
     vars(args).update({name: theirs[name] for name in theirs.keys() & vars(args).keys()})
@@ -380,6 +385,12 @@ def rehearse(network, dataset, record, args):
             remedy = "whatever decides its output must be a parameter, a buffer or an argument"
             raise UserError(f"--arch {args.arch}: loaded again it gives other numbers; {remedy}")
         list(separator.stream([noise[0]]))
+        seen = []
+        separator.networks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        separator(noise.expand(-1, len(x), -1))
+        if seen[0].shape != X.shape or not torch.allclose(seen[0], X, rtol=1e-3, atol=1e-4):
+            heard = "separation gives the network other magnitudes than training does"
+            print(f"{record['target']}: {heard}")
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -475,7 +486,7 @@ def make_parser():
     return parser
 
 
-NOT_SAVED = {"checkpoint", "output", "overwrite", "dry_run", "quiet"}  # of one run, not a training
+NOT_SAVED = {"checkpoint", "output", "overwrite", "quiet"}  # of one run, not a training
 SETTINGS = {  # flags that are arguments of the network
     "hidden_size": "hidden_size",
     "unidirectional": "unidirectional",
@@ -528,9 +539,7 @@ def parse_args(arguments=None):
 def check_flags(args, given):
     """Refuse flags that do not go together, and settle the targets' names."""
     layout = LAYOUTS[args.dataset]
-    used = {*layout.all_flags} | (set() if layout.target_flag else {"target"})
-    unused = {"target"}.union(*(row.all_flags for row in LAYOUTS.values())) - used
-    refuse(given, unused, f"is not used with --dataset {args.dataset}")
+    refuse(given, unused_flags(args.dataset), f"is not used with --dataset {args.dataset}")
     if args.download:
         refuse(given, given - {"download", "root", "quiet"}, "is not used with --download")
         if not args.root:
@@ -539,6 +548,9 @@ def check_flags(args, given):
         bridged = {"arch"} if args.arch == "xumx" else set()
         refuse(given - bridged, MODEL_FLAGS, f"the model {args.model} has its own")
     taken = arguments_of(ARCHITECTURES[args.arch])
+    given_here = {*SETTINGS.values(), "nb_bins", "nb_channels", "input_mean", "input_scale"}
+    for name in given_here & dict(args.arch_options).keys():
+        raise UserError(f"--arch-options {name}: follows from the other flags; leave it out")
     for name, argument in (*SETTINGS.items(), *((name, name) for name, _ in args.arch_options)):
         if argument not in taken and name in given | dict(args.arch_options).keys():
             raise UserError(f"{flag(name)}: --arch {args.arch} takes no such option; leave it out")
@@ -551,6 +563,13 @@ def check_flags(args, given):
     if layout.target_flag:
         args.target = [Path(getattr(args, layout.target_flag)).stem]
     args.target = [check_name(name, "--target") for name in dict.fromkeys(args.target)]
+
+
+def unused_flags(dataset):
+    """The flags of other layouts than this."""
+    layout = LAYOUTS[dataset]
+    used = {*layout.all_flags} | (set() if layout.target_flag else {"target"})
+    return {"target"}.union(*(row.all_flags for row in LAYOUTS.values())) - used
 
 
 def flag(name):
@@ -581,22 +600,38 @@ def choose_trainings(flags, given):
         try:
             record = checkpoint["record"]
             saved, epochs, stopped = record["args"], record["epochs_trained"], record["stopped"]
-            whole = saved["target"] and epochs >= 0 and record["network"]["arch"]
-            whole = whole and checkpoint["state"].keys() and saved.keys()
+            whole = epochs >= 0 and checkpoint["state"].keys()
+            whole = whole and all((saved["target"], saved["dataset"], record["network"]["arch"]))
         except (AttributeError, KeyError, TypeError):
             whole = False
         if not whole:
             raise UserError(f"{place / target}.chkpnt: is no checkpoint of train.py; train anew")
-        if saved.get("loss", "mse") not in LOSSES:
-            which = f"{saved['loss']!r} is not in LOSSES of train.py; add it"
-            raise UserError(f"{place / target}.chkpnt: its loss {which}")
         changed = {name: getattr(flags, name) for name in NOT_SAVED | given}
+        dataset = changed.get("dataset", saved["dataset"])
+        for name, value, known in (
+            ("loss", saved.get("loss", "mse"), LOSSES),
+            ("dataset", dataset, LAYOUTS),
+        ):
+            if value not in known:
+                which = f"{name} {value!r} is not known (there are {', '.join(known)}); add it"
+                raise UserError(f"{place / target}.chkpnt: its {which}")
+        if saved.get("dry_run"):
+            raise UserError(f"{place / target}.chkpnt: is of a dry run; train anew")
+        refuse(given, unused_flags(dataset), f"is not used with --dataset {dataset}")
+        if "samples_per_track" in given:
+            changed["samples_per_epoch"] = None
         args = argparse.Namespace(**{**vars(flags), **saved, **changed})
+        args.seeds = [args.seed] if place == folder else args.seeds
         if epochs < args.epochs and not (stopped and args.patience == saved["patience"]):
             trainings[place, target] = (target, with_seed(args, args.seed, folder), checkpoint)
         for seed, other in itertools.product(args.seeds, saved["target"]):
             theirs = with_seed(args, seed, folder)
-            if (Path(theirs.output), other) not in checkpoints:
+            if (Path(theirs.output), other) in checkpoints:
+                continue
+            if theirs.model and Path(theirs.model).resolve() == folder.resolve():
+                moved = f"was to start from {folder}, and its weights there are in previous/ now"
+                print(f"{other}: {moved}; train it with --model and another --output")
+            else:
                 trainings.setdefault((Path(theirs.output), other), (other, theirs, None))
     if not trainings:
         say(flags, f"{folder}: all its trainings are finished; --epochs or --patience extends them")
@@ -683,7 +718,7 @@ def make_loader(dataset, args, device):
         batch_sampler=EpochBatches(dataset, args.batch_size, args.seed),
         num_workers=workers,
         pin_memory=gpu,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and getattr(dataset, "endless", False),
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # its draws must not depend on when the workers were started
     )
@@ -693,7 +728,12 @@ def begin_epoch(epoch, loader, args):
     """Make the epoch's examples and dropout functions of the epoch alone."""
     loader.batch_sampler.epoch = epoch - 1
     rank, _, world = process_rank()
-    torch.manual_seed(args.seed + epoch * world + rank)
+    seed = args.seed + epoch * world + rank
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    if loader.generator is not None:  # from which workers have their seeds
+        loader.generator.manual_seed(seed)
 
 
 def ignore_interrupts(worker):
@@ -852,6 +892,7 @@ def commit():
 def note_epoch(state, record, metrics, args):
     """Put an epoch's metrics on record and print them: whatever the dict holds."""
     stopping, epoch = state["stopping"], record["epochs_trained"] + 1
+    metrics = {name: float(value) for name, value in metrics.items()}  # a checkpoint holds no NumPy
     histories = {name[:-8]: record[name] for name in record if name.endswith("_history")}
     for name in histories | metrics:  # a metric may be new, or gone, since a checkpoint
         history = record.setdefault(f"{name}_history", [])
@@ -881,8 +922,9 @@ def to_minimize(metrics, args):
     """What epochs are compared by, as --select says: the lower, the better."""
     if args.select == "loss":
         return metrics["valid_loss"]
-    if math.isnan(metrics["valid_SDR"]):
-        raise UserError("--select sdr: the validation targets are silent; use --select loss")
+    if math.isnan(metrics.get("valid_SDR", math.nan)):
+        why = "there is no SDR: the validation targets are silent, or METRICS has none"
+        raise UserError(f"--select sdr: {why}; use --select loss")
     return -metrics["valid_SDR"]
 
 
@@ -908,6 +950,7 @@ def save_training(state, record, args):
     if process_rank()[0] > 0:
         return
     path = Path(args.output, record["target"])
+    record.setdefault("epochs", args.epochs)  # those that it began with
     record["args"] = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     epoch = record["epochs_trained"]
     if epoch and record["best_epoch"] == epoch:
@@ -922,6 +965,10 @@ def save_training(state, record, args):
     states = {name: part.state_dict() for name, part in state.items()}
     save({"record": record, "state": states}, f"{path}.chkpnt")
     if not epoch:
+        kept, own = (net.state_dict().keys() for net in (kept_network(state), state["network"]))
+        if kept != own:
+            has = f"has other weights than the network, {min(kept ^ own)} for one"
+            raise UserError(f"kept_network: what it returns {has}; return an average's .module")
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(f"{path}.chkpnt")
         if unknown:
             kinds = "flags and state_dicts may hold numbers, text, lists, dicts and tensors"
@@ -939,7 +986,14 @@ def restore(state, checkpoint, args, given):
         reason = " ".join(str(error).split()[:30])
         path = Path(args.output, checkpoint["record"]["target"])
         raise UserError(f"{path}.chkpnt: does not fit this training ({reason})") from None
-    saved, scheduler = checkpoint["record"]["args"], state.get("scheduler")
+    record, others = checkpoint["record"], checkpoint["state"].keys() - state.keys()
+    if others:
+        which = f"train.py no longer has {', '.join(sorted(others))}, which it began with"
+        raise UserError(f"{args.output}: {which}; put it back, or train anew")
+    if record.get("code") != code_fingerprint():
+        say(args, f"{record['target']}: the scripts are other ones than in its last epoch")
+        record["code"] = code_fingerprint()
+    saved, scheduler = record["args"], state.get("scheduler")
     groups = state["optimizer"].param_groups
     rate = groups[0]["lr"] or saved["lr"]
     rates = {"lr", "initial_lr", "max_lr", "min_lr"} if "lr" in given else set()
@@ -948,14 +1002,15 @@ def restore(state, checkpoint, args, given):
             group[name] = args.lr * (group[name] / rate)
         if "weight_decay" in given and group["weight_decay"] == saved["weight_decay"]:
             group["weight_decay"] = args.weight_decay
-    if "lr" in given and hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [args.lr * (lr / rate) for lr in scheduler.base_lrs]
+    for part in (scheduler, *getattr(scheduler, "_schedulers", ())) if "lr" in given else ():
+        if hasattr(part, "base_lrs"):
+            part.base_lrs = [args.lr * (lr / rate) for lr in part.base_lrs]
     for name, attribute in (("lr_decay_gamma", "factor"), ("lr_decay_patience", "patience")):
         if name in given and scheduler:
             setattr(scheduler, attribute, getattr(args, name))
     end = getattr(scheduler, "total_steps", args.epochs)
-    if getattr(scheduler, "T_max", None) == saved["epochs"]:  # a cosine would rise again
-        end = saved["epochs"]
+    if getattr(scheduler, "T_max", None) == record.get("epochs", saved["epochs"]):
+        end = scheduler.T_max  # a cosine would rise again
     if end < args.epochs:
         raise UserError(f"--epochs {args.epochs}: the schedule ends at {end}")
 
@@ -1028,7 +1083,8 @@ def finish(flags, args):
     model = f"--model {shlex.quote(str(flags.output))}"
     following = f"python test.py SONG.wav {model}"
     data = "" if args.root is None else f" --root {shlex.quote(args.root)}"
-    if args.root is None or Path(args.root, "test").is_dir():
+    known = not flags.checkpoint or args is not flags  # else all was finished: of which data?
+    if known and (args.root is None or Path(args.root, "test").is_dir()):
         dataset = "" if args.dataset == "musdb" else f" --dataset {args.dataset}"
         following += f", or python eval.py{dataset}{data} {model}"
     print(f"trained: {flags.output}/. Next: {following}")
@@ -1179,8 +1235,9 @@ def plot_curves(record, path):
             values = histories.get(f"{name}_{kind}")
             if values:
                 axis.plot(epochs, values, ".-" if len(epochs) < 30 else "-", label=f"{name} {kind}")
-        value = histories[f"valid_{kind}"][best - 1]
-        axis.plot(best, value, "o", color="tab:red", label=f"best: {value:.4g} in epoch {best}")
+        if f"valid_{kind}" in histories:
+            value = histories[f"valid_{kind}"][best - 1]
+            axis.plot(best, value, "o", color="tab:red", label=f"best: {value:.4g} in epoch {best}")
         for epoch, (before, after) in enumerate(itertools.pairwise(rates), start=2):
             if after < before:
                 axis.axvline(epoch, color="gray", linewidth=0.8, linestyle="--")

@@ -5,6 +5,7 @@ Axis letters: B batch, J sources, C channels, F frequency bins, T frames, N samp
 
 import argparse
 import contextlib
+import dis
 import errno
 import functools
 import hashlib
@@ -386,29 +387,91 @@ code_fingerprint()  # now: what is edited later is not what runs
 
 
 def code_of(thing):
-    """What decides what a function or class does: its code and all of its and its parents' modules.
+    """What decides what a function or class does: its code and its parents', and all they refer to.
 
     For what comes from a notebook or a package, which `code_fingerprint` does not see.
     """
     parents = inspect.getmro(thing) if inspect.isclass(thing) else [thing]
-    names = {getattr(parent, "__module__", None) or "builtins" for parent in parents}
-    code = [getattr(thing, "__qualname__", repr(thing)), compiled(thing)]
-    for name in sorted(names):
-        if name.partition(".")[0] not in ("torch", "builtins"):
-            others = vars(sys.modules[name]).items() if name in sys.modules else ()
-            own = [(k, v) for k, v in others if getattr(v, "__module__", None) == name]
-            code += [(key, compiled(value)) for key, value in sorted(own)]
-    return repr(code)
+    name, seen = getattr(thing, "__qualname__", type(thing).__qualname__), {}
+    return repr([name, *(compiled(p, seen) for p in parents if p is thing or not is_library(p))])
 
 
-def compiled(thing):
-    """The instructions and constants of a function, or of a class's methods."""
+def is_library(thing):
+    """Whether a function, class or module is from where nobody experiments."""
+    module = getattr(thing, "__name__" if inspect.ismodule(thing) else "__module__", None)
+    package = (module or "builtins").partition(".")[0]
+    libraries = {"torch", "numpy", "scipy", "tqdm", "av", "soundfile"}
+    return package in (sys.stdlib_module_names | libraries) - {"__main__"}
+
+
+def compiled(thing, seen=None):
+    """What decides what a function, a class's methods or a value do, as numbers, text and lists.
+
+    Of a function: instructions, constants, defaults, what it closes over, and what it reads from
+    its module: numbers, text, tables (but for those of classes), functions and classes, likewise.
+
+    Args:
+        seen: {id: functions, classes and tables that were met before}.
+    """
+    seen = {} if seen is None else seen
+    if thing is None or isinstance(thing, int | float | complex | str | bytes):
+        return thing
+    if isinstance(thing, np.ndarray | np.generic | torch.Tensor):
+        return thing.tolist()
+    if isinstance(thing, tuple):
+        return [compiled(part, seen) for part in thing]
+    if isinstance(thing, set | frozenset):
+        return sorted(repr(compiled(part, seen)) for part in thing)
+    if inspect.iscode(thing):
+        return [thing.co_code, thing.co_names, *compiled(thing.co_consts, seen)]
+    thing = inspect.unwrap(thing) if callable(thing) else thing
+    if id(thing) in seen:
+        return "as above"
+    seen[id(thing)] = thing
+    if isinstance(thing, list):
+        return compiled(tuple(thing), seen)
+    if isinstance(thing, functools.partial):
+        return compiled((thing.func, thing.args, thing.keywords), seen)
     if inspect.isclass(thing):
-        return [(name, compiled(value)) for name, value in sorted(vars(thing).items())]
-    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", thing)
-    if not inspect.iscode(code):
-        return thing if isinstance(thing, int | float | str | bytes) else None
-    return [code.co_code, code.co_names, [*map(compiled, code.co_consts)]]
+        hidden = ("__module__", "__firstlineno__")
+        members = [pair for pair in vars(thing).items() if pair[0] not in hidden]
+        if is_library(thing):  # unless somebody put something in
+            members = [pair for pair in members if inspect.isfunction(pair[1])]
+        return [(name, compiled(value, seen)) for name, value in sorted(members)]
+    if isinstance(thing, dict):
+        return [(repr(key), compiled(value, seen)) for key, value in thing.items()]
+    if not is_library(type(thing)) and hasattr(thing, "__dict__"):  # an object
+        return compiled((type(thing), vars(thing)), seen)
+    if not inspect.isfunction(thing) or is_library(thing):
+        return getattr(thing, "__qualname__", type(thing).__qualname__)
+    cells = tuple(cell.cell_contents for cell in thing.__closure__ or ())
+    values = [thing.__code__, thing.__defaults__, thing.__kwdefaults__, cells]
+    return [compiled(value, seen) for value in [*values, *read_by(thing)]]
+
+
+def read_by(function):
+    """What a function, or one within it, reads from its module, or from another one by its name."""
+
+    def names_in(code, kinds):
+        names = {step.argval for step in dis.get_instructions(code) if step.opname in kinds}
+        within = (names_in(part, kinds) for part in code.co_consts if inspect.iscode(part))
+        return sorted(names.union(*within))
+
+    known, code = function.__globals__, function.__code__
+    names = [name for name in names_in(code, {"LOAD_GLOBAL"}) if name[:2] != "__"]
+    values = [known[name] for name in names if name in known]
+    for place in filter(inspect.ismodule, values.copy()):
+        if not is_library(place):
+            names = names_in(code, {"LOAD_ATTR", "LOAD_METHOD"})
+            values += [vars(place)[name] for name in names if name in vars(place)]
+    plain = int | float | complex | str | bytes | list | tuple | set | np.ndarray | torch.Tensor
+    found = []
+    for value in values:
+        table = isinstance(value, dict) and not any(map(inspect.isclass, value.values()))
+        own = (inspect.isfunction(value) or inspect.isclass(value)) and not is_library(value)
+        if isinstance(value, plain) or table or own:
+            found.append(value)
+    return found
 
 
 def save(data, path):
@@ -928,6 +991,7 @@ def plot_spectrograms(levels, sample_rate, n_hop, path):
     extent = (0, seconds, math.log10(low), math.log10(high))
     drawing = {"origin": "lower", "aspect": "auto", "extent": extent}
     for (left, right), (name, image) in zip(axes, images.items(), strict=True):
+        name = name.replace("$", r"\$")  # not a formula
         level = 20 * np.log10(np.maximum(image / loudest, 1e-9))
         levels_drawn = left.imshow(level, **drawing, vmin=-70, vmax=0, cmap="magma")
         left.set_ylabel("kHz")

@@ -5,6 +5,7 @@ A hack is a few lines run before the scripts, as a notebook would have them; `af
 
 import functools
 import json
+import random
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import FOLDER, random_network, sdr, write_song
+from conftest import FOLDER, random_network, remembering, sdr, write_song
 
 import model
 import train
@@ -540,7 +541,10 @@ def small(root, tmp_path, monkeypatch):
     return functools.partial(small_training, flags)
 
 
-def small_training(flags, *more):
+def small_training(flags, *more, sized=True):
+    if not sized:  # a model has its own
+        at = [flags.index(name) for name in ("--nfft", "--nhop", "--hidden-size")]
+        flags = [word for n, word in enumerate(flags) if not {n, n - 1} & {*at}]
     return train.main([*flags, "--epochs", "1", *more])
 
 
@@ -659,6 +663,35 @@ def test_a_cosine_does_not_rise_again(small, monkeypatch):
     small()
     with pytest.raises(utils.UserError, match="--epochs 2: the schedule ends at 1"):
         train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+
+
+def test_a_cosine_is_as_long_as_it_began(small, monkeypatch):
+    """Whatever --epochs its training was continued with in between."""
+    use_parts(monkeypatch, half_a_cosine)
+    small()
+    checkpoint = utils.load("open-unmix/vocals.chkpnt")
+    checkpoint["record"]["args"]["epochs"] = 2
+    utils.save(checkpoint, Path("open-unmix/vocals.chkpnt"))
+    with pytest.raises(utils.UserError, match="--epochs 3: the schedule ends at 1"):
+        train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
+
+
+def test_another_rate_for_schedules_in_turn(small, monkeypatch):
+    """--lr is that of all parts of a schedule, those to come, too."""
+
+    def in_turn(network, args):
+        optimizer, rates = (
+            torch.optim.Adam(network.parameters(), lr=args.lr),
+            torch.optim.lr_scheduler,
+        )
+        parts = [rates.LambdaLR(optimizer, lambda _: 1), rates.LambdaLR(optimizer, lambda _: 0.5)]
+        return {"optimizer": optimizer, "scheduler": rates.SequentialLR(optimizer, parts, [2])}
+
+    use_parts(monkeypatch, in_turn)
+    small()
+    train.main(["--checkpoint", "open-unmix", "--epochs", "4", "--lr", "0.001"])
+    rates = utils.load("open-unmix/vocals.json")["lr_history"]
+    assert rates == pytest.approx([0.01, 0.001, 0.0005, 0.0005])
 
 
 def test_no_schedule(small, monkeypatch):
@@ -791,3 +824,298 @@ def test_event_files_of_two_trainings(small):
     for folder in ("open-unmix", "open-unmix/previous/1"):
         [events] = Path(folder, "vocals.tensorboard").iterdir()
         assert events.stat().st_size > 100
+
+
+# ----------------------------------------------------- what one replaces in a notebook, or in a layer
+
+
+def four(**settings):
+    networks = {
+        name: remembering(random_network(j, nb_bins=129, hidden_size=16, **settings))
+        for j, name in enumerate(("a", "b"))
+    }
+    return model.Separator(networks, n_fft=256, n_hop=64)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    {
+        "a constant": lambda patch: patch.setattr(model, "EPS", 1e3),
+        "a table": lambda patch: patch.setitem(model.MASKS, "sigmoid", torch.relu),
+        "a function": lambda patch: patch.setattr(model, "stft_window", torch.hamming_window),
+        "a second one": lambda patch: patch.setattr(model, "magnitude", lambda X, n: X.abs() ** 2),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_is_replaced_in_model_is_noticed(replace, monkeypatch):
+    separator = four()
+    monkeypatch.setattr(model, "magnitude", lambda X, nb_channels: X.abs())
+    before = separator.fingerprint()
+    assert separator.fingerprint() == before
+    monkeypatch.setitem(model.ARCHITECTURES, "another", model.XUMX)  # of which nothing is used here
+    assert separator.fingerprint() == before
+    replace[1](monkeypatch)
+    assert separator.fingerprint() != before
+
+
+class InChunks(model.OpenUnmix):
+    """What only long recordings show: forward is the stages of 100 frames at a time."""
+
+    def forward(self, x):
+        return torch.cat([super(InChunks, self).forward(part) for part in x.split(100, -1)], -1)
+
+
+def test_a_forward_above_the_stages_is_what_runs(monkeypatch, capfd):
+    monkeypatch.setitem(model.ARCHITECTURES, "chunks", InChunks)
+    separator, audio = four(arch="chunks"), 0.1 * torch.randn(2, 20000)
+    with torch.no_grad():
+        expected = separator(audio[None])[0]
+        stages = separator.networks[0].decode(torch.zeros(3, 1, 16), torch.ones(1, 2, 129, 3))
+    assert stages.shape == (1, 2, 129, 3) and not model.has_stages(separator.networks[0])
+    assert model.has_stages(model.make_network(nb_bins=129, hidden_size=16))
+    assert model.has_stages(model.make_network("xumx", nb_bins=129, hidden_size=16))
+    found = torch.cat([*separator.stream(audio.split(3000, -1))], dim=-1)
+    assert sdr(expected, found) > 100
+
+
+def test_a_separators_forward_is_what_runs(monkeypatch):
+    """One that works in pieces of a second, which a trial of 12 hops can't show."""
+
+    def in_pieces(self, audio):
+        return torch.cat([plain(self, part) for part in audio.split(8000, -1)], dim=-1)
+
+    plain, audio = model.Separator.forward, 0.1 * torch.randn(2, 20000)
+    monkeypatch.setattr(model.Separator, "forward", in_pieces)
+    separator = four()
+    with torch.no_grad():
+        expected = separator(audio[None])[0]
+    found = torch.cat([*separator.stream([audio])], dim=-1)
+    assert sdr(expected, found) > 100
+
+
+@pytest.mark.parametrize("layer", ["fc1", "bn3", "lstm"])
+def test_a_layers_own_forward_is_what_runs(layer):
+    network = remembering(random_network(1, nb_bins=129, hidden_size=16))
+    module, x = getattr(network, layer), torch.rand(1, 2, 129, 20)
+    plain = module.forward
+    twice = lambda h: 2 * plain(h) if layer != "lstm" else (2 * plain(h)[0], None)  # noqa: E731
+    with torch.no_grad():
+        before = network(x)
+        module.forward = twice
+        assert not torch.allclose(network(x), before)
+
+
+def test_batch_norm_is_updated_once(monkeypatch):
+    """Also without gradients, on a recording that is taken in blocks when one separates it."""
+    network = model.make_network(nb_bins=9, hidden_size=8, nb_layers=1).train()
+    network(torch.rand(1, 2, 9, 2500))
+    with torch.no_grad():
+        network(torch.rand(1, 2, 9, 2500))
+    updates = [bn.num_batches_tracked.item() for bn in (network.bn1, network.bn2, network.bn3)]
+    assert updates == [2, 2, 2]
+
+
+def test_a_target_twice_or_a_name_that_is_taken():
+    with pytest.raises(utils.UserError, match="inst is to have a target twice: a, a"):
+        model.aggregation(["a", "b"], '{"inst": ["a", "a"]}')
+    with pytest.raises(utils.UserError, match="accompaniment: is all but vocals"):
+        four().add_residual("accompaniment")
+
+
+def test_sources_may_be_none():
+    network = random_network(1, nb_bins=129, hidden_size=16)
+    network.sources = None
+    assert model.Separator({"vocals": network}, n_fft=256, n_hop=64).targets == ["vocals"]
+
+
+# -------------------------------------------------------------- trainings that go on, or are compared
+
+
+def test_several_seeds_are_those_of_one_command(small):
+    """An earlier command's are neither compared nor continued; one of them goes on by itself."""
+    small("--seed", "1", "2")
+    small("--seed", "3", "4", "--loss", "l1")
+    record = utils.load("open-unmix/vocals.json")
+    assert record["args"]["loss"] == "l1" and record["args"]["seed"] in (3, 4)
+    assert not [*Path("open-unmix").glob("seed-[12]/vocals.*")]
+    other = Path("open-unmix/seed-4/vocals.chkpnt").read_bytes()
+    train.main(["--checkpoint", "open-unmix/seed-3", "--epochs", "2"])
+    assert utils.load("open-unmix/seed-3/vocals.json")["epochs_trained"] == 2
+    assert not [*Path("open-unmix/seed-3").glob("seed-*")]
+    assert Path("open-unmix/seed-4/vocals.chkpnt").read_bytes() == other
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    {
+        "--random-track-mix": "--random-track-mix: is not used with --dataset musdb",
+        "--ext .flac": "--ext: is not used with --dataset musdb",
+    }.items(),
+)
+def test_flags_that_would_do_nothing(flags, message, small):
+    small()
+    with pytest.raises(utils.UserError, match=message):
+        train.main(["--checkpoint", "open-unmix", "--epochs", "2", *flags.split()])
+
+
+def test_examples_of_a_training_that_goes_on(small):
+    small()
+    checkpoint = utils.load("open-unmix/vocals.chkpnt")  # as the preset "tutorial" leaves it
+    checkpoint["record"]["args"]["samples_per_epoch"] = 4
+    utils.save(checkpoint, Path("open-unmix/vocals.chkpnt"))
+    args = ["--checkpoint", "open-unmix", "--epochs", "2", "--samples-per-track", "3"]
+    train.main(args)
+    saved = utils.load("open-unmix/vocals.json")["args"]
+    assert (saved["samples_per_epoch"], saved["samples_per_track"]) == (None, 3)
+
+
+def test_a_dry_run_is_no_beginning(small):
+    small("--dry-run")
+    with pytest.raises(utils.UserError, match="is of a dry run; train anew"):
+        train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+
+
+def test_what_is_no_longer_there(small, monkeypatch, capsys):
+    """A training with an average of its weights does not go on without; other code is said."""
+    plain = train.make_state
+
+    def with_average(network, args):
+        average = torch.optim.swa_utils.AveragedModel(network)
+        return {**plain(network, args), "average": average}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_state", with_average)
+        small()
+    with pytest.raises(utils.UserError, match="no longer has average, which it began with"):
+        train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+    monkeypatch.setattr(train, "make_state", with_average)
+    monkeypatch.setattr(train, "code_fingerprint", lambda: "another")
+    capsys.readouterr()
+    train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+    assert "vocals: the scripts are other ones than in its last epoch" in capsys.readouterr().out
+    assert utils.load("open-unmix/vocals.json")["code"] == "another"
+
+
+def test_kept_network_must_fit(small, monkeypatch):
+    monkeypatch.setattr(
+        train,
+        "kept_network",
+        lambda state: torch.optim.swa_utils.AveragedModel(state["network"]),
+    )
+    with pytest.raises(utils.UserError, match=r"kept_network: .*return an average's \.module"):
+        small()
+
+
+def test_metrics_of_any_kind(small, monkeypatch):
+    """NumPy's numbers, those of training alone, and those that set what the network is."""
+    plain, validate = train.train, train.validate
+
+    def with_norm(*args):
+        return np.float64(plain(*args))
+
+    def with_more(*args):
+        return {"gradient_norm": torch.tensor(3.0), **validate(*args)}
+
+    class Switched(model.OpenUnmix):
+        silent = False
+
+        def forward(self, x):
+            return super().forward(x) * (not self.silent)
+
+    def of_silence(network, x, y, args):
+        network.silent = True
+        value = train.compute_sdr(network, x, y, args)
+        network.silent = False
+        return value
+
+    monkeypatch.setitem(model.ARCHITECTURES, "switched", Switched)
+    monkeypatch.setattr(train, "train", with_norm)
+    monkeypatch.setattr(train, "validate", with_more)
+    monkeypatch.setitem(train.METRICS, "silence", of_silence)
+    small("--arch", "switched")
+    train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+    record = utils.load("open-unmix/vocals.json")
+    assert record["gradient_norm_history"] == [3, 3]
+    assert record["valid_silence_history"] == pytest.approx([0, 0], abs=1e-3)
+
+
+class Draws(torch.utils.data.Dataset):
+    """An ordinary dataset whose examples are drawn by whatever generator."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        x = torch.rand(2, 2400) + np.random.rand() + random.random()
+        return 0.1 * x, 0.05 * x
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_draws_goes_on_to_the_bit(workers, small, monkeypatch):
+    fixed = torch.utils.data.TensorDataset(*0.1 * torch.rand(2, 2, 2, 2400))
+    monkeypatch.setattr(train, "make_datasets", lambda *_: (Draws(), fixed, fixed))
+    flags = ["--nb-workers", str(workers), "--sample-rate", "8000"]
+    small(*flags, "--epochs", "3", "--output", "whole")
+    small(*flags)
+    train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
+    histories = [
+        utils.load(f"{name}/vocals.json")["train_loss_history"] for name in ("whole", "open-unmix")
+    ]
+    assert histories[0] == histories[1] and len({*histories[0]}) == 3
+
+
+def test_statistics_are_each_targets_own(small, monkeypatch):
+    plain = train.make_datasets
+
+    def louder(tracks, sources, args):
+        sets = plain(tracks, sources, args)
+        factor = 10 if sources == ["drums"] else 1
+        return (*sets[:2], [(factor * x, y) for x, y in sets[2]])
+
+    monkeypatch.setattr(train, "make_datasets", louder)
+    small("--target", "vocals", "drums")
+    means = [
+        utils.load(f"open-unmix/{t}.pth")["input_mean"].mean().item() for t in ("vocals", "drums")
+    ]
+    assert means[1] / means[0] == pytest.approx(10, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    {
+        "--arch-options mask=relu": "--arch-options mask: follows from the other flags",
+        "--arch-options nb_bins=9": "--arch-options nb_bins: follows from the other flags",
+    }.items(),
+)
+def test_options_that_are_flags(flags, message, small):
+    with pytest.raises(utils.UserError, match=message):
+        small(*flags.split())
+
+
+def test_models_to_start_from(small):
+    small("--arch", "xumx", "--target", "all", "--output", "joint")
+    small("--model", "joint", "--target", "all", "--output", "tuned", sized=False)
+    with pytest.raises(utils.UserError, match=r"vocals is one of several sources.*--target all"):
+        small("--model", "joint", "--target", "vocals", sized=False)
+
+
+def test_fine_tuning_in_place_that_was_cut_off(small, capsys):
+    """What was begun goes on; what was not had its weights moved away, and a line says so."""
+    several = ["--target", "vocals", "drums", "--output", "two"]
+    small(*several)
+    small("--model", "two", *several, sized=False)
+    for path in Path("two").glob("drums.*"):
+        path.unlink()
+    capsys.readouterr()
+    train.main(["--checkpoint", "two", "--epochs", "2"])
+    assert "drums: was to start from two, and its weights there are in" in capsys.readouterr().out
+    assert utils.load("two/vocals.json")["epochs_trained"] == 2
+
+
+def test_other_magnitudes_in_separation_are_said(small, monkeypatch, capsys):
+    small()
+    assert "other magnitudes" not in capsys.readouterr().out
+    monkeypatch.setattr(model, "magnitude", lambda X, nb_channels: X.abs() ** 2)
+    small("--output", "other")
+    said = "vocals: separation gives the network other magnitudes than training does"
+    assert said in capsys.readouterr().out

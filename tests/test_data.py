@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import inspect
 import io
+import itertools
 import os
 import random
 import shutil
@@ -1217,3 +1218,45 @@ def test_synthesized_songs_of_before():
     levels = {name: float(audio.std(dtype=np.float64)) for name, audio in song.items()}
     before = {"drums": 0.054187, "bass": 0.059616, "other": 0.049457, "vocals": 0.053234}
     assert levels == pytest.approx(before, abs=5e-6)  # processors round differently
+
+
+def test_rates_that_tie():
+    """The lower one: not the one that a hash happens to come to first."""
+    files = [data.AudioFile(f"{n}", rate, 2, 100, (0, 0), "int16") for n, rate in enumerate((2, 1))]
+    for order in (files, files[::-1]):
+        tracks = [data.Track(audio.path, {"vocals": audio}) for audio in order]
+        assert data.most_common_rate(tracks) == 1
+
+
+def test_validation_mixes_are_those_of_any_seed(tmp_path):
+    for part, name in itertools.product(("train", "valid"), ("a", "b")):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True)
+        for n in range(3):
+            audio = np.random.default_rng(n).standard_normal((4000, 2))
+            soundfile.write(folder / f"{n}.wav", 0.1 * audio, 8000)
+    flags = dict(target_dir="a", interferer_dirs=["b"])
+    tracks = data.index_dataset("sourcefolder", tmp_path, ("train", "valid"), **flags)
+    sets = [
+        data.load_datasets(tracks, "sourcefolder", ["a"], 8000, seq_dur=0.2, seed=seed)
+        for seed in (1, 2)
+    ]
+    for one, other in zip(*sets):
+        same = all(torch.equal(x, y) for x, y in zip(one[0], other[0]))
+        assert same == (one is not sets[0][0])
+
+
+def test_a_stem_file_replaced_while_it_is_decoded(tmp_path, monkeypatch):
+    """Its track is that of the old one, and is decoded anew."""
+    stem, plain = tmp_path / "song.stem.mp4", data.utils.decode
+    shutil.copy(EXCERPT, stem)
+
+    def decode(*arguments):
+        os.utime(stem, ns=(1, 1))
+        yield from plain(*arguments)
+
+    monkeypatch.setattr(data.utils, "decode", decode)
+    data.decode_stem(stem, tmp_path / "song")
+    assert not data.is_made(tmp_path / "song", stem)
+    data.decode_stem(stem, tmp_path / "song")
+    assert data.is_made(tmp_path / "song", stem)

@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -1261,3 +1263,145 @@ def test_killed_worker_is_one_line(many, call, tmp_path, monkeypatch):
         complaint
         == "error: a scoring process was killed, perhaps for want of memory; go on with fewer --workers"
     )
+
+
+# ------------------------------------------------------- references, records and processes of their own
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Two tracks of a second at 8 kHz, in folders with files as several layouts have them."""
+    root = tmp_path_factory.mktemp("short")
+    rng = np.random.default_rng(0)
+    for n in range(2):
+        folder = root / "test" / f"Song {n}"
+        sources = dict(zip(SOURCES, 0.1 * rng.standard_normal((4, 2, 8000))))
+        sources["mixture"] = sum(sources.values())
+        for name, audio in sources.items():
+            write(folder / f"{name}.wav", audio, rate=8000)
+    return root
+
+
+def medians(printed, target, method):
+    """The row of a target and a method in the table of medians: its first number, the SDR."""
+    [row] = re.findall(rf"^{target} +{method} +(\S+)", printed, re.M)
+    return float(row)
+
+
+def test_what_is_left_of_the_accompaniment(short, call, tmp_path):
+    """What a model of the accompaniment leaves is vocals: with true stems all is right."""
+    small = dict(sample_rate=8000, nfft=256)
+    for targets, flags in ((["accompaniment"], []), (["vocals", "accompaniment"], ["--residual"])):
+        make_model(tmp_path / "m", targets=targets, **small)
+        call("--root", short, "--model", "m", "--method", "model", "irm", *flags)
+        stems = json.loads(Path("scores/m/test/Song 0.json").read_text())["settings"]["stems"]
+        assert stems.get("residual") == (["vocals"] if len(targets) == 1 else None)
+        shutil.rmtree("m")
+
+
+def test_an_accompaniment_of_its_own(short, call, tmp_path):
+    """A file of that name is what it is scored against, as it is in training."""
+    for n in range(2):
+        folder = tmp_path / "data" / "test" / f"Song {n}"
+        shutil.copytree(short / "test" / f"Song {n}", folder)
+        (folder / "bass.wav").rename(folder / "accompaniment.wav")
+    files = ["--target-file", "accompaniment.wav", "--interferer-files", "vocals.wav", "other.wav"]
+    flags = ["--dataset", "trackfolder_fix", "--root", "data", *files, "--method", "irm"]
+    call(*flags, "--targets", "accompaniment")
+    [path] = Path("scores").rglob("Song 0.json")
+    stems = json.loads(path.read_text())["settings"]["stems"]
+    assert stems == {"accompaniment": ["accompaniment"]}
+
+
+def test_scores_depend_on_which_file_is_what(short, call, monkeypatch):
+    """Of a layout that names the same files otherwise, or reads a part of them."""
+    import data
+
+    flags = ["--dataset", "mine", "--root", short, "--method", "mixture", "--targets", "vocals"]
+    printed = []
+    for names in ({"vocals": "vocals"}, {"vocals": "drums"}):
+
+        def index(root, split, names=names):
+            found = data.index_musdb(root, split)
+            swap = {name: t.sources[names.get(name, name)] for t in found for name in t.sources}
+            return [data.replace(t, sources=swap) for t in found]
+
+        monkeypatch.setitem(data.LAYOUTS, "mine", data.Layout(index))
+        printed.append(medians(call(*flags)[0], "vocals", "mixture"))
+    assert printed[0] != printed[1]
+
+
+def test_a_layouts_defaults_are_its_own(short, call, monkeypatch):
+    """Those of another one with a flag of that name are not."""
+    import data
+
+    def index(root, split, target_file="nothing.wav"):
+        return data.index_musdb(root, split)
+
+    monkeypatch.setitem(data.LAYOUTS, "mine", data.Layout(index, "target_file"))
+    flags = ["--dataset", "trackfolder_fix", "--root", short, "--method", "mixture"]
+    assert "vocals" in call(*flags)[0]
+
+
+def test_tracks_of_one_name(short, call, tmp_path):
+    for part in ("train", "valid"):
+        shutil.copytree(short / "test", tmp_path / "data" / part)
+    flags = ["--dataset", "trackfolder_fix", "--root", "data", "--subset", "train"]
+    _, complaint = call(*flags, "--method", "mixture", code=2)
+    assert "Song 0: two tracks have this name" in complaint[-1]
+
+
+def test_estimates_of_tracks_with_unlike_sources(short, call, tmp_path):
+    for n, name in enumerate(("drums", "bass")):
+        for part, names in (("data", ("vocals", name)), ("stems", ("vocals", name))):
+            folder = tmp_path / part / "test" / f"Song {n}"
+            folder.mkdir(parents=True)
+            for file in names:
+                shutil.copy(short / "test" / f"Song {n}" / f"{file}.wav", folder)
+    flags = ["--dataset", "trackfolder_var", "--root", "data", "--estimates", "stems"]
+    printed, _ = call(*flags, "--target-file", "vocals.wav", "--method", "none")
+    assert {"drums", "bass", "vocals"} <= {*printed.split()}
+
+
+def test_twice_in_the_json_of_others_or_too_large(short, call, tmp_path):
+    frame = {"time": 0, "duration": 1, "metrics": dict.fromkeys(METRICS, 1)}
+    folder = tmp_path / "theirs" / "test"
+    folder.mkdir(parents=True)
+    huge = {**frame, "metrics": dict.fromkeys(METRICS, 10**400)}
+    for frames, names in (([frame], ["vocals", "vocals"]), ([huge], ["vocals"])):
+        targets = [{"name": name, "frames": frames} for name in names]
+        (folder / "Song.json").write_text(json.dumps({"targets": targets}))
+        _, complaint = call("--method", "none", "--compare", "theirs", code=2)
+        assert "Song.json: is not museval's JSON" in complaint[-1]
+
+
+def test_names_that_look_like_formulas(call, tmp_path):
+    for name in ("a$^$b", "b"):
+        published_scores(tmp_path, name, 0)
+    call("--method", "none", "--compare", "a$^$b", "b")
+    assert [*Path().rglob("vocals-SDR.png")]
+
+
+PLAIN_SCRIPT = """
+import sys
+sys.path.insert(0, {scripts!r})
+print("begins")
+import eval as evaluation
+{replaced}
+evaluation.main(["--root", {root!r}, "--method", "mixture", "--targets", "vocals"])
+"""
+
+
+@pytest.mark.parametrize("replaced", ["", "evaluation.whole_track_scores = lambda *_: {'uSDR': 7}"])
+def test_a_plain_script(replaced, short, tmp_path):
+    """Without `if __name__ == "__main__"`: it runs once; what it replaces scores, or an error says."""
+    script = tmp_path / "script.py"
+    script.write_text(PLAIN_SCRIPT.format(scripts=str(FOLDER), replaced=replaced, root=str(short)))
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.count("begins") == 1
+    if replaced:
+        assert done.returncode and "is another one in this process than in its files" in done.stderr
+        assert not [*tmp_path.rglob("Song*.json")]
+    else:
+        assert done.returncode == 0 and "vocals mixture" in done.stdout, done.stderr

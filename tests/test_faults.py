@@ -369,7 +369,7 @@ RECORDS = [  # item 5: outputs carry where they came from
     ("a stem was cut", [TEST, cut(VOCALS, 0.5), AGAIN], fine("made anew, because of --overwrite")),
     ("the record was damaged", [TEST, cut(f"{OUT}/stems.json", 0.5), AGAIN], OK),
     ("another format beside", [TEST, f"{TEST} --ext flac", check(lambda: Path(VOCALS).exists()), TEST], OK),
-    ("scores: the same again", [EVAL, fail(evaluation, "score", AssertionError()), EVAL], OK),
+    ("scores: the same again", [EVAL, fail(evaluation, "tqdm", AssertionError()), EVAL], OK),
     ("scores: a true stem was replaced", [EVAL, put(f"{TRUE}/vocals.wav", NOISE), fail(evaluation, "score", OSError(errno.EIO, "tried")), EVAL], refused("tried")),
     ("scores: other code", [EVAL, replace(utils, "code_fingerprint", lambda: "changed"), fail(evaluation, "score", OSError(errno.EIO, "tried")), EVAL], refused("tried")),
     ("scores: other weights", [f"{EVAL} --method model", copy("other/vocals.pth", "model/vocals.pth"), fail(evaluation, "score", OSError(errno.EIO, "tried")), f"{EVAL} --method model"], refused("tried")),
@@ -450,7 +450,7 @@ NAMES = [  # items 4, 7 and 14: names are checked where they enter
     ("stems that differ in case only", [f"""{TEST} --aggregate '{{"A": ["vocals"], "a": ["drums"]}}'"""], refused("two stems would have one name")),
     ("an aggregate of the residual", [f"""{TEST} --residual rest --aggregate '{{"all": ["rest", "vocals"]}}'"""], OK),
     ("an aggregate of nobody", [f"""{TEST} --aggregate '{{"all": ["piano"]}}'"""], refused("--aggregate: unknown target 'piano'")),
-    ("an aggregate twice", [f"""{TEST} --aggregate '{{"all": ["vocals", "vocals"]}}'"""], OK),
+    ("an aggregate twice", [f"""{TEST} --aggregate '{{"all": ["vocals", "vocals"]}}'"""], refused("all is to have a target twice")),
     *((f"--aggregate {text}", [f"{TEST} --aggregate {shlex.quote(text)}"], refused("--aggregate: ")) for text in ["", "x", "[]", "{}", "1", "null", '{"a": 1}', '{"a": []}', '{"a": "vocals"}', '{"a": [1]}', '{"a": [["vocals"]]}', '{"a": {}}']),
     ("two interferers of one name", [folder("x"), f"{FIX} --interferer-files drums.wav drums.wav"], refused("two sources would be called drums")),
     ("interferer is the target", [f"{TRAIN} --dataset trackfolder_fix --interferer-files vocals.wav"], refused("two sources would be called vocals")),
@@ -921,6 +921,9 @@ def material(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(train, "plot_curves", lambda *_: None)
         train.main(["--output", "trained", *shlex.split(TRAIN)[1:], "--epochs", "2"])
+        begun = torch.load(CHECKPOINT)  # one batch is enough here, though it is not to go on from
+        begun["record"]["args"]["dry_run"] = False
+        torch.save(begun, CHECKPOINT)
     for path in (folder / "trained").glob(".*"):
         path.unlink()
     with av.open(str(folder / "stem.mp4"), "w") as container:

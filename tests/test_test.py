@@ -414,7 +414,9 @@ def test_stems_are_kept_exactly_when_they_are_current(separate, song, tmp_path, 
         ((), "the record has another settings"),
     ]:
         said = again(*flags)
-        assert said[0] == f"stems/song: made anew, because {reason}" and len(said) == 2
+        others = "stems" in reason or (not flags and "settings" in reason)  # in files of their own
+        assert said[0] == f"stems/song: made anew, because {reason}" and len(said) == 2 + others
+        assert "of an earlier command" in said[-1] or not others
         assert "kept" in again(*(flag for flag in flags if flag != "--overwrite"))[0]
     assert torch.equal(read("stems/song/drums.wav"), drums)  # and the numbers are the same
     assert again(model=other_model)[0].endswith("the record has another model")
@@ -868,3 +870,66 @@ print(n // 44100, int(status["VmHWM"].split()[0]) * 1024)
         assert seconds == 10 * tens
     frames = 18 * 441000 // 1024
     assert peaks[24] - peaks[6] < 3 * frames * 4 * 16 * 4 + 60e6
+
+
+# ------------------------------------------------------------------- inputs, folders and what is in them
+
+
+def test_any_window(separate, song):
+    """One of a single frame, too, whose first block has no samples yet."""
+    write("song.wav", song)
+    for window in (1, 2):
+        assert separate("song.wav", "--wiener-win-len", window, "--overwrite")[0] == 0
+
+
+def test_paths_and_numbers_from_python(separate, song, model_folder):
+    write("song.wav", song)
+    assert test.main([Path("song.wav"), "--model", model_folder, "--niter", 0, "--quiet"]) == 0
+
+
+def test_an_input_without_a_name(separate, song):
+    write("song.wav", song)
+    code, _, complaint = separate("")
+    assert code == 2 and complaint == ["error: an input has no name: name a file or a folder"]
+
+
+def test_stems_are_no_songs(separate, song, tmp_path):
+    """Not by a pattern, nor where the songs' folder or that of the stems is reached by a link."""
+    (tmp_path / "music").mkdir()
+    write("music/song.wav", song)
+    Path("link").symlink_to("music")
+    assert separate("music", "--outdir", "music/stems")[0] == 0
+    for item in ("music/**/*.wav", "link", "music"):
+        for outdir in ("music/stems", "link/stems"):
+            songs = test.find_songs([item], outdir)
+            assert [Path(path).name for path, _ in songs] == ["song.wav"]
+
+
+def test_what_is_kept_of_an_earlier_command_is_said(separate, song):
+    write("song.wav", song)
+    separate("song.wav", "--html")
+    _, printed, _ = separate("song.wav", "--targets", "vocals", "drums")
+    said = "stems/song: bass.wav, other.wav, index.html: of an earlier command, kept as they are"
+    assert said in printed
+    assert "earlier command" not in separate("song.wav", "--overwrite", "--html")[1]
+
+
+def test_a_page_of_stems_of_two_kinds(separate, song, tmp_path, model_folder):
+    """Which is meant can't be told; and somebody's stems.json beside the page stays."""
+    write("song.wav", song)
+    for outdir in ("one", "two"):
+        separate("song.wav", "--outdir", outdir)
+    Path("out").mkdir()
+    Path("out/stems.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"stems.json: exists and was not written by this script"):
+        test.main(["--page", "one/song", "two/song", "--outdir", "out"])
+    assert Path("out/stems.json").read_text() == '{"mine": 1}'
+    separate("song.wav", "--outdir", "one", "--ext", "flac")
+    with pytest.raises(UserError, match=r"there is another bass; move one of them away"):
+        test.main(["--page", "one/song", "two/song"])
+
+
+def test_names_that_look_like_formulas(separate, song):
+    write("song.wav", song)
+    code, *_ = separate("song.wav", "--plot", "--aggregate", '{"a$^$b": ["vocals"]}')
+    assert code == 0 and Path("stems/song/spectrograms.png").exists()

@@ -756,3 +756,44 @@ def test_rates_without_a_common_divisor():
         UserError, match="audio of 44101 Hz can't be resampled to 44100 Hz; convert"
     ):
         resample(torch.zeros(1, 100), 44101, 44100)
+
+
+# ------------------------------------------------------------------- what code is, in fingerprints
+
+
+def function(source, value):
+    """The function f of a module's source, in which VALUE is replaced."""
+    names = {"__name__": "elsewhere", "np": np}
+    exec(source.replace("VALUE", repr(value)), names)
+    return names["f"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x): return VALUE * x",
+        "def f(x): return x in (0, VALUE)",
+        "def f(x, power=VALUE): return x**power",
+        "def f(x, *, power=VALUE): return x**power",
+        "POWER = VALUE\ndef f(x): return x**POWER",
+        "POWER = VALUE\ndef f(x): return [y**POWER for y in x]",
+        "TABLE = {'a': [VALUE]}\ndef f(x): return TABLE['a'][0] * x",
+        "WINDOW = np.full(3, VALUE)\ndef f(x): return WINDOW * x",
+        "def make(p):\n    def f(x): return x**p\n    return f\nf = make(VALUE)",
+        "MASKS = {'a': lambda x: VALUE * x}\ndef f(x): return MASKS['a'](x)",
+        "class f:\n    scale = (VALUE, 1)\n    def forward(self, x): return self.scale[0] * x",
+        "from functools import partial\ndef g(p, x): return x**p\nf = partial(g, VALUE)",
+        "class Power:\n    p = 1\n    def __call__(self, x): return x**self.p\nf = Power()\nf.p = VALUE",
+        "def f(x): return x in {1, 5, VALUE}",
+        "def g(x): return VALUE * x\nclass f:\n    def forward(self, x): return g(x)",
+        "import types\nm = types.ModuleType('m')\nm.g = lambda x: VALUE * x\ndef f(x): return m.g(x)",
+    ],
+)
+def test_code_of_what_decides(source):
+    one, again, other = (utils.code_of(function(source, value)) for value in (2, 2, 3))
+    assert one == again != other
+
+
+def test_code_of_what_refers_to_itself():
+    source = "TABLE = {}\ndef f(x): return TABLE['f'](x - VALUE) if x else 0\nTABLE['f'] = f"
+    assert utils.code_of(function(source, 1)) == utils.code_of(function(source, 1))

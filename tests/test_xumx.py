@@ -327,9 +327,9 @@ def test_fine_tuning_from_separate_networks(tmp_path, monkeypatch):
     for n in range(3):
         write_song(tmp_path / "data" / "train" / f"Song {n}", rate=8000, seed=n)
     make_model(tmp_path / "four", nfft=256, sample_rate=8000)
-    flags = ["--root", "data", "--target", "all", "--arch", "xumx", "--model", "four", "--dry-run"]
+    flags = ["--root", "data", "--target", "all", "--arch", "xumx", "--model", "four"]
     flags += ["--seq-dur", "0.5", "--batch-size", "2", "--loss", "xumx", "--lr", "1e-9", "--quiet"]
-    flags += ["--samples-per-track", "2"]
+    flags += ["--samples-per-track", "2", "--epochs", "1"]
     train.main(flags)
     record, found = load("open-unmix/all.json"), load_separator("open-unmix")
     assert record["network"]["sources"] == [*SOURCES] and record["args"]["loss"] == "xumx"

@@ -430,14 +430,17 @@ def compiled(thing, seen=None):
     seen[id(thing)] = thing
     if isinstance(thing, list):
         return compiled(tuple(thing), seen)
+    if isinstance(thing, classmethod | staticmethod):
+        return compiled(thing.__func__, seen)
+    if isinstance(thing, property):
+        return compiled((thing.fget, thing.fset), seen)
     if isinstance(thing, functools.partial):
         return compiled((thing.func, thing.args, thing.keywords), seen)
     if inspect.isclass(thing):
-        hidden = ("__module__", "__firstlineno__")
-        members = [pair for pair in vars(thing).items() if pair[0] not in hidden]
-        if is_library(thing):  # unless somebody put something in
-            members = [pair for pair in members if inspect.isfunction(pair[1])]
-        return [(name, compiled(value, seen)) for name, value in sorted(members)]
+        plain = not is_library(thing)  # names with __ are Python's: some come with pickling
+        members = {k: v for k, v in vars(thing).items() if plain and k[:2] != "__"}
+        members |= {k: v for k, v in vars(thing).items() if inspect.isfunction(v)}
+        return [(name, compiled(members[name], seen)) for name in sorted(members)]
     if isinstance(thing, dict):
         return [(repr(key), compiled(value, seen)) for key, value in thing.items()]
     if not is_library(type(thing)) and hasattr(thing, "__dict__"):  # an object
@@ -584,7 +587,7 @@ def read_some(answer):
 @contextlib.contextmanager
 def patched(owner, name, value):
     """Give `owner.name` another value for a while."""
-    kept = getattr(owner, name)
+    kept = vars(owner).get(name, getattr(owner, name))  # of a class: as it is, not as it is called
     of_class = inspect.getattr_static(type(owner), name, None)
     own = name in vars(owner) or inspect.isdatadescriptor(of_class)
     setattr(owner, name, value)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import signal
 import struct
 import subprocess
@@ -785,6 +786,9 @@ def function(source, value):
         "from functools import partial\ndef g(p, x): return x**p\nf = partial(g, VALUE)",
         "class Power:\n    p = 1\n    def __call__(self, x): return x**self.p\nf = Power()\nf.p = VALUE",
         "def f(x): return x in {1, 5, VALUE}",
+        "class f:\n    @classmethod\n    def make(cls): return VALUE",
+        "class f:\n    @property\n    def scale(self): return VALUE",
+        "class f:\n    def __call__(self, x): return VALUE",
         "def g(x): return VALUE * x\nclass f:\n    def forward(self, x): return g(x)",
         "import types\nm = types.ModuleType('m')\nm.g = lambda x: VALUE * x\ndef f(x): return m.g(x)",
     ],
@@ -792,6 +796,13 @@ def function(source, value):
 def test_code_of_what_decides(source):
     one, again, other = (utils.code_of(function(source, value)) for value in (2, 2, 3))
     assert one == again != other
+
+
+def test_code_of_what_was_pickled():
+    """Which leaves a mark on its class."""
+    before = utils.code_of(AudioFile)
+    pickle.dumps(AudioFile("a.wav", 1, 1, 1, (0, 0), "int16"))
+    assert "__slotnames__" in vars(AudioFile) and utils.code_of(AudioFile) == before
 
 
 def test_code_of_what_refers_to_itself():

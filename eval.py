@@ -43,7 +43,7 @@ from scipy.linalg import toeplitz
 from tqdm import tqdm
 
 import utils
-from data import LAYOUTS, Track, index_dataset, read_as
+from data import LAYOUTS, Track, files_of, index_dataset, read_as
 from model import aggregation, expectation_maximization, istft, separator_from_flags, stft
 from model import sum_targets as sum_stems
 from utils import SOURCES, UserError, check_output, identities, load, number, printable
@@ -413,8 +413,8 @@ def parse_args(arguments):
     for name, default in flags.items():
         kind = {"nargs": "+"} if isinstance(default, list | tuple) else {}
         kind = {"action": "store_true"} if default is False else kind
-        kind["default"] = argparse.SUPPRESS
-        add(f"--{name.replace('_', '-')}", **kind, help="of some layouts, see data.py")
+        text = "of some layouts, see data.py"
+        add(f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS, help=text)
     add = parser.add_argument_group("what is scored").add_argument
     what = "mixture, share: floors; ibm, irm, irm2, phase, mwf: ceilings, of the true stems"
     methods = [*METHODS, "none"]
@@ -532,10 +532,6 @@ def given_targets(tracks, names, args):
     return found, [name for name in names if name in stems]
 
 
-def files_of(track):
-    return {audio.path for audio in (*track.input, *track.sources.values())}
-
-
 def stamps(paths):
     return {str(path): utils.stamp(path) for path in sorted(paths)}
 
@@ -551,7 +547,7 @@ def unfinished(jobs, others, args):
 
     Refuses, before work starts, to write to what is read or what somebody else wrote.
     """
-    read = {path for job in jobs for path in files_of(job.track)}
+    read = {audio.path for audio in files_of(job.track for job in jobs)}
     roots = [Path(folder, args.subset) for folder in others]
     roots += {Path(path).parents[1] for path in read}  # the folders that hold the tracks' folders
     todo = []

@@ -466,7 +466,8 @@ class Separator(nn.Module):
             for name, value in known.items():
                 if isinstance(value, plain) or inspect.isroutine(value):
                     digest.update(repr((name, compiled(value))).encode())
-            digest.update(code_of(type(module)).encode())
+        for kind in dict.fromkeys(map(type, self.modules())):
+            digest.update(code_of(kind).encode())
         for name, value in self.state_dict().items():
             digest.update(f"{name} {value.device.type}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -120,10 +120,8 @@ def process(separator, path, folder, args):
             record = make_stems(separator, mixture, folder, {**record, **wanted}, args)
             speed = f"{seconds / (time.time() - start):.1f} times as fast as it plays"
             print(printable(f"{folder}: {stems}; {seconds:.1f} s of audio, {speed}"))
-            made = [f"{stem}.{args.ext}" for stem in args.sums]
-            made += [PAGE] * args.html + [PICTURE] * args.plot
-            old = [file for file in record["files"] if file not in made]
-            if old := [file for file in old if (folder / file).exists()]:
+            there = (file for file in record["files"] if (folder / file).exists())
+            if old := [file for file in there if file not in files_to_make(args)]:
                 kept = f"{', '.join(old)}: of an earlier command, kept as they are"
                 print(printable(f"{folder}: {kept}"))
         else:
@@ -238,8 +236,8 @@ def find_songs(inputs, outdir):
         else:
             names[Path(item)] = song_name(Path(item))
             continue
-        found = {path: str(name) for path, name in found.items() if is_audio(path)}
-        found = {path: found[path] for path in found if outdir not in path.resolve().parents}
+        audio = (p for p in found if is_audio(p) and outdir not in p.resolve().parents)
+        found = {path: str(found[path]) for path in audio}
         if not found:
             raise UserError(f"{item}: no audio files there but what may be in --outdir ({AUDIO})")
         names.update(found)
@@ -312,12 +310,17 @@ def out_of_date(record, wanted, folder):
     return f"of {', '.join(gone)}, missing or changed" if gone else ""
 
 
+def files_to_make(args):
+    """The names of all files that the flags ask for, of each song."""
+    stems = [f"{stem}.{args.ext}" for stem in args.sums]
+    return stems + [PAGE] * args.html + [PICTURE] * args.plot
+
+
 def check_outputs(_, path, folder, args):
     """Decide whether a song's files may be written. Raises UserError."""
     files = read_record(folder)["files"]
     utils.check_output(folder / RECORD, args.inputs, ours=bool(files) or args.overwrite)
-    wanted = [f"{stem}.{args.ext}" for stem in args.sums]
-    for file in wanted + [PAGE] * args.html + [PICTURE] * args.plot:
+    for file in files_to_make(args):
         # None: the process ended while it gave the file its name
         ours = file in files and files[file] in (None, utils.stamp(folder / file))
         utils.check_output(folder / file, args.inputs, ours=ours or args.overwrite)

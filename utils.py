@@ -396,19 +396,21 @@ def code_of(thing):
     return repr([name, *(compiled(p, seen) for p in parents if p is thing or not is_library(p))])
 
 
+LIBRARIES = sys.stdlib_module_names - {"__main__"}
+LIBRARIES |= {"torch", "numpy", "scipy", "tqdm", "av", "soundfile"}
+
+
 def is_library(thing):
     """Whether a function, class or module is from where nobody experiments."""
     module = getattr(thing, "__name__" if inspect.ismodule(thing) else "__module__", None)
-    package = (module or "builtins").partition(".")[0]
-    libraries = {"torch", "numpy", "scipy", "tqdm", "av", "soundfile"}
-    return package in (sys.stdlib_module_names | libraries) - {"__main__"}
+    return (module or "builtins").partition(".")[0] in LIBRARIES
 
 
 def compiled(thing, seen=None):
     """What decides what a function, a class's methods or a value do, as numbers, text and lists.
 
     Of a function: instructions, constants, defaults, what it closes over, and what it reads from
-    its module: numbers, text, tables (but for those of classes), functions and classes, likewise.
+    its module, likewise: numbers, text, tables (but for those of classes), functions, classes.
 
     Args:
         seen: {id: functions, classes and tables that were met before}.
@@ -467,14 +469,9 @@ def read_by(function):
         if not is_library(place):
             names = names_in(code, {"LOAD_ATTR", "LOAD_METHOD"})
             values += [vars(place)[name] for name in names if name in vars(place)]
-    plain = int | float | complex | str | bytes | list | tuple | set | np.ndarray | torch.Tensor
-    found = []
-    for value in values:
-        table = isinstance(value, dict) and not any(map(inspect.isclass, value.values()))
-        own = (inspect.isfunction(value) or inspect.isclass(value)) and not is_library(value)
-        if isinstance(value, plain) or table or own:
-            found.append(value)
-    return found
+    tables = [value for value in values if isinstance(value, dict)]
+    of_classes = [id(table) for table in tables if any(map(inspect.isclass, table.values()))]
+    return [value for value in values if id(value) not in of_classes]
 
 
 def save(data, path):

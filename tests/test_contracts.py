@@ -680,10 +680,8 @@ def test_another_rate_for_schedules_in_turn(small, monkeypatch):
     """--lr is that of all parts of a schedule, those to come, too."""
 
     def in_turn(network, args):
-        optimizer, rates = (
-            torch.optim.Adam(network.parameters(), lr=args.lr),
-            torch.optim.lr_scheduler,
-        )
+        rates = torch.optim.lr_scheduler
+        optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
         parts = [rates.LambdaLR(optimizer, lambda _: 1), rates.LambdaLR(optimizer, lambda _: 0.5)]
         return {"optimizer": optimizer, "scheduler": rates.SequentialLR(optimizer, parts, [2])}
 
@@ -829,7 +827,7 @@ def test_event_files_of_two_trainings(small):
 # ----------------------------------------------------- what one replaces in a notebook, or in a layer
 
 
-def four(**settings):
+def two_targets(**settings):
     networks = {
         name: remembering(random_network(j, nb_bins=129, hidden_size=16, **settings))
         for j, name in enumerate(("a", "b"))
@@ -848,7 +846,7 @@ def four(**settings):
     ids=lambda item: item[0],
 )
 def test_what_is_replaced_in_model_is_noticed(replace, monkeypatch):
-    separator = four()
+    separator = two_targets()
     monkeypatch.setattr(model, "magnitude", lambda X, nb_channels: X.abs())
     before = separator.fingerprint()
     assert separator.fingerprint() == before
@@ -867,7 +865,7 @@ class InChunks(model.OpenUnmix):
 
 def test_a_forward_above_the_stages_is_what_runs(monkeypatch, capfd):
     monkeypatch.setitem(model.ARCHITECTURES, "chunks", InChunks)
-    separator, audio = four(arch="chunks"), 0.1 * torch.randn(2, 20000)
+    separator, audio = two_targets(arch="chunks"), 0.1 * torch.randn(2, 20000)
     with torch.no_grad():
         expected = separator(audio[None])[0]
         stages = separator.networks[0].decode(torch.zeros(3, 1, 16), torch.ones(1, 2, 129, 3))
@@ -886,7 +884,7 @@ def test_a_separators_forward_is_what_runs(monkeypatch):
 
     plain, audio = model.Separator.forward, 0.1 * torch.randn(2, 20000)
     monkeypatch.setattr(model.Separator, "forward", in_pieces)
-    separator = four()
+    separator = two_targets()
     with torch.no_grad():
         expected = separator(audio[None])[0]
     found = torch.cat([*separator.stream([audio])], dim=-1)
@@ -919,7 +917,7 @@ def test_a_target_twice_or_a_name_that_is_taken():
     with pytest.raises(utils.UserError, match="inst is to have a target twice: a, a"):
         model.aggregation(["a", "b"], '{"inst": ["a", "a"]}')
     with pytest.raises(utils.UserError, match="accompaniment: is all but vocals"):
-        four().add_residual("accompaniment")
+        two_targets().add_residual("accompaniment")
 
 
 def test_sources_may_be_none():

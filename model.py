@@ -161,7 +161,7 @@ class OpenUnmix(nn.Module):
         return (mask * x).flatten(2, 3).permute(1, 2, 3, 0)  # (B, K * C, F, T)
 
 
-MASKS = {"sigmoid": torch.sigmoid_, "relu": torch.relu_}  # in place: they are as large as x
+MASKS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
 
 
 def over_frames(batch_norm, h):

@@ -56,7 +56,8 @@ def mse_loss(network, x, y, args):
     Y = magnitudes(y.unflatten(1, (-1, x.shape[1])), args).flatten(1, 2)  # (B, K * C, F, T)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
         Y_hat = network(X)
-    return F.mse_loss(Y_hat.float(), Y)
+    Y_hat, Y = Y_hat.float().movedim(-1, 0), Y.movedim(-1, 0)  # (T, B, ...), as in memory: faster
+    return F.mse_loss(Y_hat, Y)
 
 
 # ---------------------------------------------------------------------------------------- one epoch
@@ -772,7 +773,7 @@ def by_source(network, x, y, args):
 def l1_loss(network, x, y, args):
     """`mse_loss` with absolute differences: what is loud counts for less."""
     V, y = by_source(network, x, y, args)
-    return F.l1_loss(V, magnitudes(y, args))
+    return F.l1_loss(V.movedim(-1, 0), magnitudes(y, args).movedim(-1, 0))
 
 
 def xumx_loss(network, x, y, args):

@@ -81,6 +81,8 @@ class OpenUnmix(nn.Module):
         max_bin: bins that the network sees, from 0 on; None for all. It still masks all of them.
         mask: "sigmoid", between 0 and 1 as in the paper, or "relu", as the published weights have.
         input_mean, input_scale: (F,) mean and deviation of the training mixtures' magnitudes.
+        mask_start: the masks before training; None: `output_mean` is 1, as published, which makes
+            sigmoid masks of 0.73.
 
     Parameter names and shapes are those of the published state_dicts; hence the mean is stored
     negated and the scale as its reciprocal.
@@ -97,6 +99,7 @@ class OpenUnmix(nn.Module):
         mask="sigmoid",
         input_mean=None,
         input_scale=None,
+        mask_start=None,
     ):
         super().__init__()
         self.nb_bins, self.nb_channels, self.hidden_size = nb_bins, nb_channels, hidden_size
@@ -120,7 +123,9 @@ class OpenUnmix(nn.Module):
         self.fc3 = nn.Linear(hidden_size, nb_channels * nb_bins, bias=False)
         self.bn3 = nn.BatchNorm1d(nb_channels * nb_bins)
         self.output_scale = nn.Parameter(torch.ones(nb_bins))
-        self.output_mean = nn.Parameter(torch.ones(nb_bins))
+        start = torch.full((nb_bins,), mask_start or 1.0)
+        start = start.logit() if mask_start and mask == "sigmoid" else start
+        self.output_mean = nn.Parameter(start)
 
     def forward(self, x):
         """(B, C, F, T) magnitudes of the mixture -> (B, C, F, T) magnitudes of the target.
@@ -210,9 +215,10 @@ def bridge(networks):
 
     Raises UserError where the networks are not all `blstm` of the same size and mask.
     """
+    begin = {"input_mean", "input_scale", "mask_start"}  # only what a training begins with
     kinds = []
     for network in networks.values():
-        kinds.append({k: v for k, v in network.made_with.items() if not k.startswith("input_")})
+        kinds.append({k: v for k, v in network.made_with.items() if k not in begin})
     if kinds[0]["arch"] != "blstm" or any(kind != kinds[0] for kind in kinds):
         raise UserError("--arch xumx: starts from blstm networks of one size and mask only")
     bridged = make_network(**{**kinds[0], "arch": "xumx", "sources": list(networks)})
@@ -702,6 +708,9 @@ def check_settings(path, values, needed=()):
     if not isinstance(values.get("unidirectional", False), bool):
         found = repr(values["unidirectional"])
         raise UserError(f"{path}: unidirectional is {found}, not true or false")
+    start = values.get("mask_start")
+    if start is not None and not (isinstance(start, float) and 0 < start < 1):
+        raise UserError(f"{path}: mask_start is {start!r}, not between 0 and 1")
     for key, table in (("arch", ARCHITECTURES), ("mask", MASKS)):
         if key in values and values[key] not in list(table):
             raise UserError(f"{path}: {key} is {values[key]!r}; model.py has {', '.join(table)}")

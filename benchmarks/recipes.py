@@ -5,9 +5,9 @@
     python benchmarks/recipes.py --folder MY_COPY --flags "--arch mine"    a change of your own
 
 A row is a copy of the scripts with a recipe applied, trained by its own train.py and scored by its
-own eval.py; the first row, "base", is the scripts as they are. All else is the same: data, steps,
-seed by seed. Interrupted, it goes on with the next row and seed: each leaves a JSON file in
---output, which counts as long as the code and the flags are those that made it.
+own eval.py; the first row, "base", is the published recipe in the tutorial's size. All else is the
+same: data, steps, seed by seed. Interrupted, it goes on with the next row and seed: each leaves a
+JSON file in --output, which counts as long as the code and the flags are those that made it.
 
 A row's figure is the mean over the targets of the median over songs of their SDR (medians over
 frames). "difference" is to the base with the same seed: mean and deviation over the seeds. "p" is
@@ -38,10 +38,16 @@ from test_readme import RECIPES, SCRIPTS, apply
 
 COLUMNS = ("difference", "p", "seconds", "lines", "seeds")  # beside the targets' SDR
 JOINT = "All targets in one pass"
+# The published recipe on a laptop: a step, an epoch and a rate as in the tutorial preset.
+SIZE = "--preset umx --batch-size 4 --seq-dur 3 --samples-per-epoch 384 --lr 0.002"
+SIZE += " --lr-decay-patience 3"
 SCHEDULE, AUGMENTATION = "Another optimizer and schedule", "Another augmentation"
 AVERAGE, WIENER = "An average of the weights", "Another Wiener filter"
 ROWS = {  # name: the recipe, which of its diffs, and flags
     "L1": ("Another loss", 0, ""),
+    "log MSE": (None, 0, "--loss log_mse"),
+    "masks that start at a quarter": (None, 0, "--mask-start 0.25"),
+    "preset best": (None, 0, "--preset best"),  # both of these
     "compressed magnitudes": ("Another loss", 1, ""),
     "time-domain loss": ("Another loss", 2, ""),
     "AdamW, cosine": (SCHEDULE, 0, ""),
@@ -65,6 +71,7 @@ ROWS = {  # name: the recipe, which of its diffs, and flags
     "joint, X-UMX's loss": (JOINT, 0, "--arch joint --target all --loss xumx"),
     "X-UMX, loss alone": (JOINT, 1, "--arch apart --target all --loss xumx"),
     "X-UMX, bridges alone": (None, 0, "--arch xumx --target all"),
+    "preset best, X-UMX's bridges": (None, 0, "--preset best --arch xumx --target all"),
     "X-UMX": (None, 0, "--arch xumx --target all --loss xumx"),
     "X-UMX; AdamW, cosine": (SCHEDULE, 0, "--arch xumx --target all --loss xumx"),
     "X-UMX, through the Wiener filter": (WIENER, 1, "--arch xumx --target all"),
@@ -96,8 +103,7 @@ def measure(copy, name, flags, epochs, seed, args):
     code = "".join(Path(copy, script).read_text(encoding="utf-8") for script in SCRIPTS)
     model, scores = copy / "model", copy / "scores"
     sizes = {"half": args.hidden_size // 2, "double": args.hidden_size * 2}
-    training = ["--preset", "tutorial", "--loss", "mse"]
-    training += ["--hidden-size", args.hidden_size, "--epochs", epochs]
+    training = [*SIZE.split(), "--hidden-size", args.hidden_size, "--epochs", epochs]
     training += [] if "--target " in flags else ["--target", *args.targets]
     training += ["--seed", seed, *shlex.split(f"{args.data} {args.training}")]
     training += shlex.split(flags.format(**sizes))
@@ -174,7 +180,7 @@ def parse_args():
     add("--folder", type=Path, help="a changed copy of the scripts, in place of the rows")
     add("--flags", default="", help="flags of train.py for --folder")
     add("--targets", nargs="+", default=["vocals", "drums", "bass", "other"], help="what is scored")
-    add("--epochs", type=int, default=20, help="of each training; the rest is the tutorial preset")
+    add("--epochs", type=int, default=20, help="of each training, of 96 steps")
     add("--hidden-size", type=int, default=256, help="of the base")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
     add("--data", default="", help="flags of train.py and eval.py, in place of synthesized songs")

@@ -565,8 +565,8 @@ def test_a_target_twice_in_a_folder(small):
     with pytest.raises(
         utils.UserError, match=r"holds vocals already, in vocals.pth; choose another"
     ):
-        small("--preset", "best")
-    small("--preset", "best", "--output", "all")
+        small("--arch", "xumx", "--target", "all")
+    small("--arch", "xumx", "--target", "all", "--output", "all")
     with pytest.raises(utils.UserError, match=r"holds drums already, in all.pth; choose another"):
         small("--target", "drums", "--output", "all")
 
@@ -584,7 +584,7 @@ def test_a_strangers_record_in_a_folder(small, record):
 
 def test_a_class_changed_since_training(small, monkeypatch, capsys):
     """A line says so; what the class had for defaults is on record."""
-    small("--preset", "best", "--output", "all")
+    small("--arch", "xumx", "--target", "all", "--output", "all")
     monkeypatch.setattr(
         model.XUMX.__init__, "__defaults__", (("drums", "bass", "other", "vocals"),)
     )

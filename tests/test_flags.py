@@ -140,6 +140,7 @@ ROWS = {
         (TRAIN, "--arch conv", lambda seen: type(seen.network).__name__, "ConvUnmix"),
         (f"{TRAIN} --arch conv", "--arch-options nb_layers=2", lambda seen: seen.network.made_with.get("nb_layers"), 2),
         (TRAIN, "--mask relu", weights, DIFFERENT),
+        (TRAIN, "--mask-start 0.25", weights, DIFFERENT),
         (TRAIN, "--hidden-size 16", lambda seen: seen.network.fc1.out_features, 16),
         (TRAIN, "--unidirectional", lambda seen: seen.network.lstm.bidirectional, False),
         (TRAIN, "--nfft 512", lambda seen: seen.network.nb_bins, 257),
@@ -150,8 +151,9 @@ ROWS = {
         (TUNE, "--model model", lambda seen: seen.network.made_with["mask"], "relu"),
         # training
         (TRAIN, "--preset tutorial", optimizer("lr"), 0.002),
-        (TRAIN, "--preset best", exists("open-unmix/all.pth"), True),
+        (TRAIN, "--preset best", weights, DIFFERENT),
         (TRAIN, "--loss xumx", weights, DIFFERENT),
+        (TRAIN, "--loss log_mse", weights, DIFFERENT),
         (SMALL, "--epochs 2", lambda seen: len(rates(seen)), 2),
         (TRAIN, "--batch-size 3", lambda seen: seen.batches[0], (3, 2, 1600)),
         (TRAIN, "--lr 0.5", weights, DIFFERENT),

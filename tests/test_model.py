@@ -207,6 +207,15 @@ def test_training_equals_the_published_one():
         assert (our - their).float().norm() <= 1e-3 * their.float().norm(), name
 
 
+@pytest.mark.parametrize("mask", ["sigmoid", "relu"])
+def test_where_masks_start(mask):
+    """As published unless `mask_start` says otherwise."""
+    published = make_network(mask=mask, hidden_size=8, nb_bins=33)
+    assert (published.output_mean == 1).all()
+    network = make_network(mask=mask, mask_start=0.25, hidden_size=8, nb_bins=33)
+    assert torch.allclose(model.MASKS[mask](network.output_mean.detach()), torch.tensor(0.25))
+
+
 def test_sigmoid_mask_is_between_0_and_1():
     x = torch.rand(1, 2, 2049, 9)
     networks = {mask: random_network(3, hidden_size=16, mask=mask) for mask in ("sigmoid", "relu")}

@@ -1,5 +1,6 @@
 """train.py: exact resume, several processes, what is kept and said; tiny songs, small networks."""
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -924,6 +925,30 @@ def test_no_better_than_nothing(call, monkeypatch):
     assert "after 2 epochs: is the target in the mixture" in printed
 
 
+def test_log_mse_hears_quiet_examples():
+    """--loss log_mse: in dB, for each source of each example, whatever its level; silence is no matter."""
+    y = torch.randn(3, 2, 2, 5000, generator=torch.Generator().manual_seed(0))  # (B, K, C, N)
+    y[1] *= 1e-3
+    y[:, 1] = 0
+    x = y.sum(1) + 1e-4  # (B, C, N)
+    factor = torch.tensor(0.5, requires_grad=True)
+    args = argparse.Namespace(nfft=256, nhop=64, nb_channels=2, amp=False)
+
+    def network(X):
+        return factor * X.repeat(1, 2, 1, 1)
+
+    expected = []
+    for b, k in itertools.product(range(3), range(2)):
+        X, Y = (stft(audio, 256, 64).abs() for audio in (x[b], y[b, k]))
+        mse = (factor.item() * X - Y).square().mean()
+        expected.append(10 * math.log10(mse / X.square().mean() + 0.1))
+    loss = train.LOSSES["log_mse"](network, x, y.flatten(1, 2), args)
+    assert loss.item() == pytest.approx(np.mean(expected), abs=1e-4)
+    silence = train.LOSSES["log_mse"](network, 0 * x, 0 * y.flatten(1, 2), args)
+    (loss + silence).backward()
+    assert silence == -10 and factor.grad.isfinite()
+
+
 def test_metrics_share_one_pass(call, monkeypatch):
     """The network runs once for each validation track, however many metrics there are."""
     runs = []
@@ -1058,13 +1083,15 @@ def test_presets():
     recipe |= dict(
         hidden_size=512, bandwidth=16000, nfft=4096, nhop=1024, nb_channels=2, seeds=[42]
     )
-    recipe |= dict(source_augmentations=["gain", "channelswap"], mask="sigmoid", arch="blstm")
+    recipe |= dict(
+        source_augmentations=["gain", "channelswap"], mask="sigmoid", arch="blstm", mask_start=None
+    )
     for arguments in (["--root", "x"], ["--preset", "umx"]):
         args = train.parse_args(arguments)[0]
         assert {name: getattr(args, name) for name in recipe} == recipe
         assert args.preset == "umx" and args.target == ["vocals"]
     best = train.parse_args(["--root", "x", "--preset", "best"])[0]
-    changed = {"arch": "xumx", "loss": "xumx", "target": ["all"], "preset": "best"}
+    changed = {"loss": "log_mse", "mask_start": 0.25, "preset": "best"}
     assert vars(best) == {**vars(args), "root": "x", **changed}
     small = train.parse_args([])[0]
     assert small.preset == "tutorial" and small.epochs < 50 and small.hidden_size < 512

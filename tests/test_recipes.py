@@ -39,7 +39,7 @@ def test_a_copy_against_the_original(tmp_path):
         shutil.copy(FOLDER / script, tmp_path / "mine")
     loss = tmp_path / "mine" / "train.py"
     loss.write_text(loss.read_text("utf-8").replace("F.mse_loss(Y_hat", "F.l1_loss(Y_hat"), "utf-8")
-    small = "--nfft 256 --nhop 64 --seq-dur 0.3 --samples-per-track 2 --batch-size 2 --device cpu"
+    small = "--nfft 256 --nhop 64 --seq-dur 0.3 --samples-per-epoch 4 --batch-size 2 --device cpu"
     command = [sys.executable, FOLDER / "benchmarks" / "recipes.py", "--folder", "mine"]
     command += ["--data", "--root data", "--training", small, "--targets", "vocals"]
     command += ["--epochs", "1", "--hidden-size", "8", "--seeds", "3", "4"]

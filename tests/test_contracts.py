@@ -584,7 +584,7 @@ def test_a_strangers_record_in_a_folder(small, record):
 
 def test_a_class_changed_since_training(small, monkeypatch, capsys):
     """A line says so; what the class had for defaults is on record."""
-    small("--arch", "xumx", "--target", "all", "--output", "all")
+    small("--arch", "xumx", "--loss", "xumx", "--target", "all", "--output", "all")
     monkeypatch.setattr(
         model.XUMX.__init__, "__defaults__", (("drums", "bass", "other", "vocals"),)
     )

@@ -28,11 +28,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import av
+import filelock
 import numpy as np
 import pytest
 import soundfile
@@ -248,17 +248,21 @@ def print_into(kind):
 
 
 @step
-def hold(lock_file, seconds=60):
-    """Be somebody else who writes there, for so long or to the situation's end."""
+def hold(lock_file, gives_way=False):
+    """Be somebody else who writes there, to the situation's end or until the script waits for it."""
     Path(lock_file).parent.mkdir(parents=True, exist_ok=True)
     Path(lock_file).write_text("12345")
     file = os.open(lock_file, os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX)
-    released = threading.Event()
-    thread = threading.Thread(target=lambda: (released.wait(seconds), os.close(file)))
-    thread.start()
-    PATCHES.callback(thread.join)
-    PATCHES.callback(released.set)
+    PATCHES.callback(lambda: os.close(file))
+    real = filelock.FileLock.acquire
+
+    def acquire(lock, **kwargs):
+        if gives_way and kwargs.get("blocking", True):
+            fcntl.flock(file, fcntl.LOCK_UN)
+        return real(lock, **kwargs)
+
+    PATCHES.enter_context(utils.patched(filelock.FileLock, "acquire", acquire))
 
 
 @step
@@ -376,7 +380,7 @@ RECORDS = [  # item 5: outputs carry where they came from
     ("scores: another --niter", [f"{EVAL} --method model", fail(evaluation, "score", OSError(errno.EIO, "tried")), f"{EVAL} --method model --niter 2"], refused("tried")),
     ("scores: damaged", [EVAL, lambda: cut(next(Path("scores").rglob("Test 0.json")), 0.3)(), EVAL], OK),
     ("scores: two models of one name", [copy("model", "runs/a/m"), copy("other", "runs/b/m"), "eval.py --root data --model runs/a/m --method model", "eval.py --root data --model runs/b/m --method model", check(lambda: {path.name for path in Path("scores").iterdir()} == {"runs-a-m", "runs-b-m"}), EVAL], OK),
-    ("somebody writes the song", [hold("stems/.song.lock", 0.2), TEST], fine("is writing this song: waiting for it"), "*.lock"),
+    ("somebody writes the song", [hold("stems/.song.lock", gives_way=True), TEST], fine("is writing this song: waiting for it"), "*.lock"),
     ("somebody trains the target", [hold("open-unmix/.vocals.lock"), TRAIN], refused("is writing the training of vocals; wait for it"), "*.lock"),
     ("somebody trains another target", [hold("open-unmix/.drums.lock"), TRAIN], OK, "*.lock"),
     ("somebody has died while writing", [write("stems/.song.lock", "12345"), TEST], OK, "*.lock"),

@@ -257,7 +257,8 @@ def first_network(target, args, checkpoint=None):
         is_one = f"{target} is one of several sources of its network {', '.join(networks)}"
         raise UserError(f"--model {args.model}: {is_one}; train it as --target all")
     network = bridge(networks) if bridged else networks[target]
-    theirs = {"nfft": separator.n_fft, "nhop": separator.n_hop, **network.made_with}
+    theirs = {"nfft": separator.n_fft, "nhop": separator.n_hop}
+    theirs |= {"mask_start": None, **network.made_with}  # where it began is no preset's to say
     theirs |= {"sample_rate": separator.sample_rate, "nb_channels": separator.nb_channels}
     vars(args).update({name: theirs[name] for name in theirs.keys() & vars(args).keys()})
     return network

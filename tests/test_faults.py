@@ -254,7 +254,7 @@ def hold(lock_file, gives_way=False):
     Path(lock_file).write_text("12345")
     file = os.open(lock_file, os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX)
-    PATCHES.callback(lambda: os.close(file))
+    PATCHES.callback(os.close, file)
     real = filelock.FileLock.acquire
 
     def acquire(lock, **kwargs):

@@ -131,7 +131,7 @@ def kept_network(state):
 
 PRESETS = {  # the flags that a preset changes; those given by hand win
     "umx": "",  # the published recipe
-    "best": "loss=log_mse mask_start=0.25",  # what helped in benchmarks/recipes.py
+    "best": "loss=log_mse mask_start=0.25",  # what helped in short trainings, see README
     "tutorial": "loss=l1 epochs=26 batch_size=4 seq_dur=3.0 samples_per_epoch=384 hidden_size=256"
     " mask_start=0.25 lr=0.002 lr_decay_patience=3",
 }
@@ -458,7 +458,7 @@ def make_parser():
     add("--model", help=text)
 
     add = parser.add_argument_group("training").add_argument
-    text = "umx: the published recipe; best: with the loss that our experiments found to help; "
+    text = "umx: the published recipe; best: with what helped in our experiments, short ones; "
     text += "tutorial: minutes (default without --root)"
     add("--preset", choices=list(PRESETS), help=text)
     text = "of magnitudes: mse, l1, log_mse; xumx: also of waveforms, and of all sums of sources"

@@ -168,7 +168,8 @@ def table_row(name, results, base, copy):
                     songs.setdefault(song, []).append(scores[song] - others[song])
         spread = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
         row["difference"] = f"{statistics.mean(differences):+.2f}{spread}"
-        row["p"] = f"{wilcoxon([*map(np.mean, songs.values())]).pvalue:.3f}"
+        p = wilcoxon([*map(np.mean, songs.values())]).pvalue
+        row["p"] = "<0.001" if p < 0.001 else f"{p:.3f}"
     return row
 
 

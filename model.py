@@ -83,6 +83,7 @@ class OpenUnmix(nn.Module):
         input_mean, input_scale: (F,) mean and deviation of the training mixtures' magnitudes.
         mask_start: the masks before training; None: `output_mean` is 1, as published, which makes
             sigmoid masks of 0.73.
+        dropout: between the LSTM's layers, in training.
 
     Parameter names and shapes are those of the published state_dicts; hence the mean is stored
     negated and the scale as its reciprocal.
@@ -100,6 +101,7 @@ class OpenUnmix(nn.Module):
         input_mean=None,
         input_scale=None,
         mask_start=None,
+        dropout=0.4,
     ):
         super().__init__()
         self.nb_bins, self.nb_channels, self.hidden_size = nb_bins, nb_channels, hidden_size
@@ -116,7 +118,7 @@ class OpenUnmix(nn.Module):
             hidden_size if unidirectional else hidden_size // 2,
             nb_layers,
             bidirectional=not unidirectional,
-            dropout=0.4 if nb_layers > 1 else 0.0,
+            dropout=dropout if nb_layers > 1 else 0.0,
         )
         self.fc2 = nn.Linear(2 * hidden_size, hidden_size, bias=False)
         self.bn2 = nn.BatchNorm1d(hidden_size)
@@ -213,14 +215,14 @@ class XUMX(OpenUnmix):
 def bridge(networks):
     """The X-UMX whose trunks are {source: OpenUnmix}, trained one by one: where it may start from.
 
-    Raises UserError where the networks are not all `blstm` of the same size and mask.
+    Raises UserError where the networks are not all `blstm` of the same size, mask and dropout.
     """
     begin = {"input_mean", "input_scale", "mask_start"}  # only what a training begins with
     kinds = []
     for network in networks.values():
         kinds.append({k: v for k, v in network.made_with.items() if k not in begin})
     if kinds[0]["arch"] != "blstm" or any(kind != kinds[0] for kind in kinds):
-        raise UserError("--arch xumx: starts from blstm networks of one size and mask only")
+        raise UserError("--arch xumx: starts from blstm networks of one size, mask and dropout")
     bridged = make_network(**{**kinds[0], "arch": "xumx", "sources": list(networks)})
     for trunk, network in zip(bridged.trunks, networks.values()):
         trunk.load_state_dict(network.state_dict())
@@ -708,9 +710,10 @@ def check_settings(path, values, needed=()):
     if not isinstance(values.get("unidirectional", False), bool):
         found = repr(values["unidirectional"])
         raise UserError(f"{path}: unidirectional is {found}, not true or false")
-    start = values.get("mask_start")
-    if start is not None and not (isinstance(start, float) and 0 < start < 1):
-        raise UserError(f"{path}: mask_start is {start!r}, not between 0 and 1")
+    for key in ("mask_start", "dropout"):
+        value = values.get(key)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UserError(f"{path}: {key} is {value!r}, not between 0 and 1")
     for key, table in (("arch", ARCHITECTURES), ("mask", MASKS)):
         if key in values and values[key] not in list(table):
             raise UserError(f"{path}: {key} is {values[key]!r}; model.py has {', '.join(table)}")

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 from data import AUGMENTATIONS, LAYOUTS, SETS, fetch_set, index_dataset, load_datasets
@@ -120,6 +120,8 @@ def make_state(network, args):
     plateau = {"factor": args.lr_decay_gamma, "patience": args.lr_decay_patience, "cooldown": 10}
     # no relative threshold: with a negative loss it would never be passed
     scheduler = ReduceLROnPlateau(optimizer, threshold=0, **plateau)
+    if args.schedule == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, T_max=args.epochs)
     parts = {"optimizer": optimizer, "scheduler": scheduler}
     return {"network": network, **parts, "stopping": EarlyStopping(args.patience)}
 
@@ -131,7 +133,7 @@ def kept_network(state):
 
 PRESETS = {  # the flags that a preset changes; those given by hand win
     "umx": "",  # the published recipe
-    "best": "loss=log_mse mask_start=0.25",  # what helped in short trainings, see README
+    "best": "loss=log_mse mask_start=0.25 schedule=cosine dropout=0.1",  # what helped, see README
     "tutorial": "loss=l1 epochs=26 batch_size=4 seq_dur=3.0 samples_per_epoch=384 hidden_size=256"
     " mask_start=0.25 lr=0.002 lr_decay_patience=3",
 }
@@ -227,6 +229,9 @@ def new_network(args, mean=None, scale=None):
     """A network as the flags describe it, initialised from --seed."""
     torch.manual_seed(args.seed)
     frequencies = np.linspace(0, args.sample_rate / 2, args.nfft // 2 + 1)
+    options = dict(args.arch_options)
+    if args.dropout is not None:
+        options["dropout"] = args.dropout
     return make_network(
         args.arch,
         nb_bins=args.nfft // 2 + 1,
@@ -238,7 +243,7 @@ def new_network(args, mean=None, scale=None):
         mask_start=args.mask_start,
         input_mean=mean,
         input_scale=scale,
-        **dict(args.arch_options),
+        **options,
     )
 
 
@@ -441,6 +446,8 @@ def make_parser():
     add("--mask", default="sigmoid", choices=list(MASKS), help=text)
     text = "the masks before training (default: as published, 0.73, and with --mask relu 1)"
     add("--mask-start", type=number(float, 0.001, 0.999), help=text)
+    text = "between the layers of the LSTM, in training (default: the network's own, 0.4)"
+    add("--dropout", type=number(float, 0, 0.999), help=text)
     add("--hidden-size", type=number(int, 2), default=512, help="width of the network")
     add("--unidirectional", action="store_true", help="look at the past only (real time)")
     add("--nfft", type=number(int, 16), default=4096, help="STFT size in samples")
@@ -458,7 +465,7 @@ def make_parser():
     add("--model", help=text)
 
     add = parser.add_argument_group("training").add_argument
-    text = "umx: the published recipe; best: with what helped in our experiments, short ones; "
+    text = "umx: the published recipe; best: with what helped in our experiments; "
     text += "tutorial: minutes (default without --root)"
     add("--preset", choices=list(PRESETS), help=text)
     text = "of magnitudes: mse, l1, log_mse; xumx: also of waveforms, and of all sums of sources"
@@ -467,6 +474,8 @@ def make_parser():
     add("--batch-size", type=number(int, 1), default=16, help="examples, of all processes together")
     add("--lr", type=number(float, 1e-12), default=0.001, help="learning rate of Adam")
     add("--weight-decay", type=number(float, 0), default=1e-5, help="of Adam")
+    text = "of the rate: plateau, by the next flags; cosine, to zero at --epochs"
+    add("--schedule", choices=["plateau", "cosine"], default="plateau", help=text)
     text = "stop after so many epochs without a lower validation loss; 0: never"
     add("--patience", type=number(int, 0), default=140, help=text)
     text = "lower the rate after so many such epochs"
@@ -498,10 +507,11 @@ SETTINGS = {  # flags that are arguments of the network
     "bandwidth": "max_bin",
     "mask": "mask",
     "mask_start": "mask_start",
+    "dropout": "dropout",
 }
 # What weights are made for; the rest of a training may change while it lasts.
-MODEL_FLAGS = "arch arch_options mask mask_start hidden_size unidirectional nfft nhop bandwidth"
-MODEL_FLAGS = {*MODEL_FLAGS.split(), "nb_channels", "sample_rate"}
+MODEL_FLAGS = "arch arch_options mask mask_start dropout hidden_size unidirectional"
+MODEL_FLAGS = {*MODEL_FLAGS.split(), "nfft", "nhop", "bandwidth", "nb_channels", "sample_rate"}
 
 
 def option(text):
@@ -522,7 +532,7 @@ def parse_args(arguments=None):
     args, given = parser.parse_args(arguments), parser.given(arguments)
     if args.checkpoint:
         fixed = {"output", "overwrite", "preset", "model", "target", "dry_run", "seed", "select"}
-        fixed |= {"download", "loss", *MODEL_FLAGS}
+        fixed |= {"download", "loss", "schedule", *MODEL_FLAGS}
         refuse(given, fixed, "--checkpoint goes on as the training began")
         args.output = args.checkpoint
     else:
@@ -560,6 +570,9 @@ def check_flags(args, given):
     for name, argument in (*SETTINGS.items(), *((name, name) for name, _ in args.arch_options)):
         if argument not in taken and name in given | dict(args.arch_options).keys():
             raise UserError(f"{flag(name)}: --arch {args.arch} takes no such option; leave it out")
+    if args.schedule != "plateau":
+        unused = {"lr_decay_patience", "lr_decay_gamma"}
+        refuse(given, unused, f"is not used with --schedule {args.schedule}")
     if args.nhop > args.nfft // 2:
         raise UserError(f"--nhop {args.nhop}: must be at most half of --nfft {args.nfft}")
     if args.hidden_size % 8:
@@ -1027,7 +1040,9 @@ def restore(state, checkpoint, args, given):
         if hasattr(part, "base_lrs"):
             part.base_lrs = [args.lr * (lr / rate) for lr in part.base_lrs]
     for name, attribute in (("lr_decay_gamma", "factor"), ("lr_decay_patience", "patience")):
-        if name in given and scheduler:
+        if name in given:
+            if not hasattr(scheduler, attribute):
+                raise UserError(f"{flag(name)}: its schedule has no such number; leave it out")
             setattr(scheduler, attribute, getattr(args, name))
     end = getattr(scheduler, "total_steps", args.epochs)
     if getattr(scheduler, "T_max", None) == record.get("epochs", saved["epochs"]):

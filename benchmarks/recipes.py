@@ -40,20 +40,23 @@ COLUMNS = ("difference", "p", "seconds", "lines", "seeds")  # beside the targets
 JOINT = "All targets in one pass"
 # The published recipe on a laptop: a step, an epoch and a rate as in the tutorial preset.
 SIZE = "--preset umx --batch-size 4 --seq-dur 3 --samples-per-epoch 384 --lr 0.002"
-SIZE += " --lr-decay-patience 3"
+PLATEAU = "--lr-decay-patience 3"
 SCHEDULE, AUGMENTATION = "Another optimizer and schedule", "Another augmentation"
 AVERAGE, WIENER = "An average of the weights", "Another Wiener filter"
 ROWS = {  # name: the recipe, which of its diffs, and flags
     "L1": ("Another loss", 0, ""),
     "log MSE": (None, 0, "--loss log_mse"),
     "masks that start at a quarter": (None, 0, "--mask-start 0.25"),
-    "preset best": (None, 0, "--preset best"),  # both of these
+    "log MSE, masks that start at a quarter": (None, 0, "--loss log_mse --mask-start 0.25"),
+    "preset best": (None, 0, "--preset best"),  # these, cosine and a dropout of 0.1
     "compressed magnitudes": ("Another loss", 1, ""),
     "time-domain loss": ("Another loss", 2, ""),
-    "AdamW, cosine": (SCHEDULE, 0, ""),
+    "dropout of 0.1": (None, 0, "--dropout 0.1"),
+    "cosine": (None, 0, "--schedule cosine"),
+    "AdamW, cosine": (SCHEDULE, 0, "--schedule cosine"),
     "one cycle": (SCHEDULE, 1, ""),
     "average of the weights": (AVERAGE, 0, ""),
-    "L1; AdamW, cosine": (SCHEDULE, 0, "--loss l1"),
+    "L1; AdamW, cosine": (SCHEDULE, 0, "--schedule cosine --loss l1"),
     "L1; average of the weights": (AVERAGE, 0, "--loss l1"),
     "ReLU mask": (None, 0, "--mask relu"),
     "half the hidden size": (None, 0, "--hidden-size {half}"),
@@ -73,7 +76,7 @@ ROWS = {  # name: the recipe, which of its diffs, and flags
     "X-UMX, bridges alone": (None, 0, "--arch xumx --target all"),
     "preset best, X-UMX's bridges": (None, 0, "--preset best --arch xumx --target all"),
     "X-UMX": (None, 0, "--arch xumx --target all --loss xumx"),
-    "X-UMX; AdamW, cosine": (SCHEDULE, 0, "--arch xumx --target all --loss xumx"),
+    "X-UMX; cosine": (None, 0, "--arch xumx --target all --loss xumx --schedule cosine"),
     "X-UMX, through the Wiener filter": (WIENER, 1, "--arch xumx --target all"),
 }
 
@@ -104,6 +107,7 @@ def measure(copy, name, flags, epochs, seed, args):
     model, scores = copy / "model", copy / "scores"
     sizes = {"half": args.hidden_size // 2, "double": args.hidden_size * 2}
     training = [*SIZE.split(), "--hidden-size", args.hidden_size, "--epochs", epochs]
+    training += [] if re.search("cosine|best", flags) else PLATEAU.split()
     training += [] if "--target " in flags else ["--target", *args.targets]
     training += ["--seed", seed, *shlex.split(f"{args.data} {args.training}")]
     training += shlex.split(flags.format(**sizes))

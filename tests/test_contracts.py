@@ -658,11 +658,25 @@ def test_a_schedule_that_ends(small, monkeypatch):
         train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
 
 
-def test_a_cosine_does_not_rise_again(small, monkeypatch):
-    use_parts(monkeypatch, half_a_cosine)
-    small()
+def test_a_cosine_does_not_rise_again(small):
+    small("--schedule", "cosine")
     with pytest.raises(utils.UserError, match="--epochs 2: the schedule ends at 1"):
         train.main(["--checkpoint", "open-unmix", "--epochs", "2"])
+
+
+def test_what_a_cosine_does_not_use_is_refused(small):
+    """Neither as it begins nor as it goes on."""
+    small("--schedule", "cosine", "--epochs", "2", "--patience", "1")
+    more = ["--lr-decay-patience", "3"]
+    with pytest.raises(utils.UserError, match="--lr-decay-patience: is not used with --schedule"):
+        small("--schedule", "cosine", *more)
+    checkpoint = utils.load("open-unmix/vocals.chkpnt")
+    checkpoint["record"]["epochs_trained"] = 1  # as if it had been interrupted
+    utils.save(checkpoint, Path("open-unmix/vocals.chkpnt"))
+    with pytest.raises(utils.UserError, match="--lr-decay-patience: its schedule has no such"):
+        train.main(["--checkpoint", "open-unmix", *more])
+    with pytest.raises(utils.UserError, match="--schedule: --checkpoint goes on as"):
+        train.main(["--checkpoint", "open-unmix", "--schedule", "plateau"])
 
 
 def test_a_cosine_is_as_long_as_it_began(small, monkeypatch):
@@ -674,6 +688,20 @@ def test_a_cosine_is_as_long_as_it_began(small, monkeypatch):
     utils.save(checkpoint, Path("open-unmix/vocals.chkpnt"))
     with pytest.raises(utils.UserError, match="--epochs 3: the schedule ends at 1"):
         train.main(["--checkpoint", "open-unmix", "--epochs", "3"])
+
+
+def test_a_network_keeps_its_own_dropout(small, monkeypatch):
+    """An argument of that name is a class's own, too; the flag wins over its default."""
+
+    class Mine(model.OpenUnmix):
+        def __init__(self, *args, dropout=0.25, **kwargs):
+            super().__init__(*args, dropout=dropout, **kwargs)
+
+    monkeypatch.setitem(model.ARCHITECTURES, "mine", Mine)
+    for flags, dropout in (([], 0.25), (["--dropout", "0"], 0)):
+        small("--arch", "mine", *flags)
+        record = json.loads(Path("open-unmix/vocals.json").read_text())
+        assert record["network"]["dropout"] == dropout
 
 
 def test_another_rate_for_schedules_in_turn(small, monkeypatch):

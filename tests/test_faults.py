@@ -679,7 +679,7 @@ FOLDERS = [
     *((f"separator.json is {text[:9]!r}", [write(SEPARATOR, text), TEST], refused(SEPARATOR)) for text in JSON_FILES),
     *((f"vocals.json: {key} {value!r}", [edit(RECORD, **{f"network__{key}": value}), TEST], refused("model/vocals.")) for key in ("nb_bins", "max_bin", "hidden_size", "nb_channels") for value in NUMBERS if value is not None),
     *((f"vocals.json: nb_layers {value!r}", [edit(RECORD, network__nb_layers=value), TEST], refused("model/vocals.")) for value in NUMBERS if value is not None),
-    *((f"vocals.json: {key} {value!r}", [edit(RECORD, **{f"network__{key}": value}), TEST], refused("")) for key in ("arch", "mask", "mask_start", "unidirectional") for value in TEXTS if (key, value) not in (("unidirectional", True), ("mask_start", 0.5))),
+    *((f"vocals.json: {key} {value!r}", [edit(RECORD, **{f"network__{key}": value}), TEST], refused("")) for key in ("arch", "mask", "mask_start", "dropout", "unidirectional") for value in TEXTS if (key, value) not in (("unidirectional", True), ("mask_start", 0.5), ("dropout", 0.5))),
     *((f"vocals.json: network is {value!r}", [edit(RECORD, network=value), TEST], refused("model/")) for value in ("x", 1, [], {}, ["arch"], True)),
     *((f"vocals.json: args is {value!r}", [edit(RECORD, network=None, args=value), TEST], refused("model/vocals.")) for value in ("x", 1, ["arch"], True)),
     *((f"vocals.json is {text[:9]!r}", [write(RECORD, text), TEST], refused(RECORD)) for text in JSON_FILES if text not in ("{}", "null", '{"sample_rate": NaN}')),
@@ -868,7 +868,7 @@ ANY = None  # success, or one line and code 2
 HUGE = {"--niter", "--seq-dur", "--nb-workers", "--hidden-size", "--nfft", "--samples-per-track", "--workers", "--nhop"}  # the machine's limits are not ours
 FLAGS = {
     TEST: "--niter --wiener-win-len --start --duration --targets --residual --model --device --ext --wiener --outdir",
-    TRAIN: "--seq-dur --samples-per-track --nb-workers --hidden-size --nfft --nhop --bandwidth --nb-channels --lr --weight-decay --patience --lr-decay-patience --lr-decay-gamma --seed --batch-size --epochs --target --source-augmentations --model --checkpoint --arch --arch-options --mask --mask-start --preset --sample-rate --device --dataset",
+    TRAIN: "--seq-dur --samples-per-track --nb-workers --hidden-size --nfft --nhop --bandwidth --nb-channels --lr --weight-decay --patience --lr-decay-patience --lr-decay-gamma --seed --batch-size --epochs --target --source-augmentations --model --checkpoint --arch --arch-options --mask --mask-start --dropout --schedule --preset --sample-rate --device --dataset",
     f"{TRAIN} --dataset trackfolder_var": "--target-file --ext",
     f"{TRAIN} --dataset trackfolder_fix": "--target-file --interferer-files",
     f"{TRAIN} --dataset sourcefolder": "--target-dir --interferer-dirs --ext",

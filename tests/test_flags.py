@@ -141,6 +141,7 @@ ROWS = {
         (f"{TRAIN} --arch conv", "--arch-options nb_layers=2", lambda seen: seen.network.made_with.get("nb_layers"), 2),
         (TRAIN, "--mask relu", weights, DIFFERENT),
         (TRAIN, "--mask-start 0.25", weights, DIFFERENT),
+        (TRAIN, "--dropout 0.1", lambda seen: seen.network.lstm.dropout, 0.1),
         (TRAIN, "--hidden-size 16", lambda seen: seen.network.fc1.out_features, 16),
         (TRAIN, "--unidirectional", lambda seen: seen.network.lstm.bidirectional, False),
         (TRAIN, "--nfft 512", lambda seen: seen.network.nb_bins, 257),
@@ -158,6 +159,7 @@ ROWS = {
         (TRAIN, "--batch-size 3", lambda seen: seen.batches[0], (3, 2, 1600)),
         (TRAIN, "--lr 0.5", weights, DIFFERENT),
         (TRAIN, "--weight-decay 0.5", weights, DIFFERENT),
+        (SMALL, "--schedule cosine", rates, pytest.approx([0.001, 0.000905, 0.000655, 0.000345, 0.000095], abs=1e-6)),
         (SMALL, "--patience 2", lambda seen: len(rates(seen)), 3),  # the validation losses only rise
         (SMALL, "--lr-decay-patience 1", rates, pytest.approx([0.001] * 3 + [0.0003] * 2)),
         (f"{SMALL} --lr-decay-patience 1", "--lr-decay-gamma 0.5", rates, pytest.approx([0.001] * 3 + [0.0005] * 2)),

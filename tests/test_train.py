@@ -1088,12 +1088,14 @@ def test_presets():
     recipe |= dict(
         source_augmentations=["gain", "channelswap"], mask="sigmoid", arch="blstm", mask_start=None
     )
+    recipe |= dict(loss="mse", schedule="plateau", dropout=None)  # the network's own, 0.4
     for arguments in (["--root", "x"], ["--preset", "umx"]):
         args = train.parse_args(arguments)[0]
         assert {name: getattr(args, name) for name in recipe} == recipe
         assert args.preset == "umx" and args.target == ["vocals"]
     best = train.parse_args(["--root", "x", "--preset", "best"])[0]
-    changed = {"loss": "log_mse", "mask_start": 0.25, "preset": "best"}
+    changed = {"loss": "log_mse", "mask_start": 0.25, "dropout": 0.1, "schedule": "cosine"}
+    changed["preset"] = "best"
     assert vars(best) == {**vars(args), "root": "x", **changed}
     small = train.parse_args([])[0]
     assert small.preset == "tutorial" and small.epochs < 50 and small.hidden_size < 512

@@ -710,10 +710,11 @@ def check_settings(path, values, needed=()):
     if not isinstance(values.get("unidirectional", False), bool):
         found = repr(values["unidirectional"])
         raise UserError(f"{path}: unidirectional is {found}, not true or false")
-    for key in ("mask_start", "dropout"):
-        value = values.get(key)
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
-            raise UserError(f"{path}: {key} is {value!r}, not between 0 and 1")
+    start, dropout = values.get("mask_start"), values.get("dropout", 0)
+    if start is not None and not (isinstance(start, float) and 0 < start < 1):
+        raise UserError(f"{path}: mask_start is {start!r}, not between 0 and 1")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise UserError(f"{path}: dropout is {dropout!r}, not from 0 to below 1")
     for key, table in (("arch", ARCHITECTURES), ("mask", MASKS)):
         if key in values and values[key] not in list(table):
             raise UserError(f"{path}: {key} is {values[key]!r}; model.py has {', '.join(table)}")

@@ -118,10 +118,10 @@ def make_state(network, args):
     adam = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.Adam(network.parameters(), **adam)
     plateau = {"factor": args.lr_decay_gamma, "patience": args.lr_decay_patience, "cooldown": 10}
-    # no relative threshold: with a negative loss it would never be passed
-    scheduler = ReduceLROnPlateau(optimizer, threshold=0, **plateau)
     if args.schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, T_max=args.epochs)
+    else:  # no relative threshold: with a negative loss it would never be passed
+        scheduler = ReduceLROnPlateau(optimizer, threshold=0, **plateau)
     parts = {"optimizer": optimizer, "scheduler": scheduler}
     return {"network": network, **parts, "stopping": EarlyStopping(args.patience)}
 

@@ -107,7 +107,8 @@ def measure(copy, name, flags, epochs, seed, args):
     model, scores = copy / "model", copy / "scores"
     sizes = {"half": args.hidden_size // 2, "double": args.hidden_size * 2}
     training = [*SIZE.split(), "--hidden-size", args.hidden_size, "--epochs", epochs]
-    training += [] if re.search("cosine|best", flags) else PLATEAU.split()
+    falls = re.search(r"--(schedule[ =]cosine|preset[ =]best)(\s|$)", f"{flags} {args.training}")
+    training += [] if falls else PLATEAU.split()  # a cosine has no plateau to wait for
     training += [] if "--target " in flags else ["--target", *args.targets]
     training += ["--seed", seed, *shlex.split(f"{args.data} {args.training}")]
     training += shlex.split(flags.format(**sizes))

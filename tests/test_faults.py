@@ -680,6 +680,7 @@ FOLDERS = [
     *((f"vocals.json: {key} {value!r}", [edit(RECORD, **{f"network__{key}": value}), TEST], refused("model/vocals.")) for key in ("nb_bins", "max_bin", "hidden_size", "nb_channels") for value in NUMBERS if value is not None),
     *((f"vocals.json: nb_layers {value!r}", [edit(RECORD, network__nb_layers=value), TEST], refused("model/vocals.")) for value in NUMBERS if value is not None),
     *((f"vocals.json: {key} {value!r}", [edit(RECORD, **{f"network__{key}": value}), TEST], refused("")) for key in ("arch", "mask", "mask_start", "dropout", "unidirectional") for value in TEXTS if (key, value) not in (("unidirectional", True), ("mask_start", 0.5), ("dropout", 0.5))),
+    *((f"vocals.json: {key} {value!r}", [edit(RECORD, **{f"network__{key}": value}), TEST], refused("")) for key, value in (("mask_start", 0.0), ("mask_start", 0), ("dropout", 1.0))),
     *((f"vocals.json: network is {value!r}", [edit(RECORD, network=value), TEST], refused("model/")) for value in ("x", 1, [], {}, ["arch"], True)),
     *((f"vocals.json: args is {value!r}", [edit(RECORD, network=None, args=value), TEST], refused("model/vocals.")) for value in ("x", 1, ["arch"], True)),
     *((f"vocals.json is {text[:9]!r}", [write(RECORD, text), TEST], refused(RECORD)) for text in JSON_FILES if text not in ("{}", "null", '{"sample_rate": NaN}')),
